@@ -1,0 +1,237 @@
+"""Tokens on disk to batches.
+
+A training run is a stream of rows. Position n of the stream is row `permutation(seed, epoch)(n)` of the
+training part, and its corruption is an integer hash of (seed, n, column), computed on the training
+device. So `corpus.batch(positions)` is a pure function: the same masks on any device, for any
+micro-batch size and number of processes, and a checkpoint needs of the corpus no more than n.
+
+Three disjoint parts: validation (documents that `prepare.py` set aside; its corruption never changes),
+holdout (a share of the other rows, by a hash that no seed touches, kept from every method alike), and
+training (the rest).
+"""
+
+import json
+import math
+import mmap
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from errors import UserError
+
+from .prepare import CHECKSUM_BYTES, SEPARATOR, SPECIAL_TOKENS, Tokenizer, meta_checksum
+
+MASK = SPECIAL_TOKENS.index("[MASK]")
+MASK_SHARE = 0.15  # of a row's tokens are predicted (the study, METHODS 2.1); 19 of 128, always
+
+TRAINING, SECOND = 0, 1  # the streams: rows trained on, and rows that only a method's extra passes see
+VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
+CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
+
+
+# -- Integer hashing: the same bits from NumPy and from torch, on any device ----------------------------
+
+LOW_32 = 0xFFFFFFFF
+
+
+def hash32(x):
+    """Scrambles integers in [0, 2^32), held in 64 bits: Wellons' "lowbias32" mixing function
+    (https://nullprogram.com/blog/2018/07/31). `x` is a Python int, a NumPy or a torch int64 array."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & LOW_32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & LOW_32
+    return x ^ (x >> 16)
+
+
+def hash_of(*numbers):
+    """One hash in [0, 2^32) of several numbers; each of up to 62 bits, arrays broadcast."""
+    state = 0x9E3779B9
+    for number in numbers:
+        state = hash32(state ^ hash32(number & LOW_32))
+        state = hash32(state ^ hash32((number >> 32) + 0x85EBCA6B & LOW_32))
+    return state
+
+
+def permute(numbers, size, key):
+    """A keyed permutation of range(size), applied to an int64 array: random access in constant memory.
+
+    A Feistel network of four rounds over the smallest even number of bits that holds `size`; results
+    outside the range are permuted again until they fall inside (cycle walking).
+    """
+    half = max(1, math.ceil(math.log2(max(2, size)) / 2))
+    low = (1 << half) - 1
+
+    def network(x):
+        left, right = x >> half, x & low
+        for turn in range(4):
+            left, right = right, left ^ (hash_of(key, turn, right) & low)
+        return (left << half) | right
+
+    numbers = network(np.asarray(numbers, dtype=np.int64))
+    while (outside := numbers >= size).any():
+        numbers[outside] = network(numbers[outside])
+    return numbers
+
+
+# -- The corpus --------------------------------------------------------------------------------------------
+
+
+class Corpus:
+    """A prepared folder as rows of `row_length` tokens.
+
+    Args:
+        folder: what `data/prepare.py` wrote. It is verified; a UserError names what cannot be trusted.
+        seed: of the row order and the corruption.
+        device: where batches are made.
+        holdout: share of the rows that is kept from training.
+        train_on: "training" or "holdout", the part that the streams run over.
+        validation_rows: rows of the fixed validation set (at most all that there are).
+    """
+
+    def __init__(self, folder, seed=0, device="cpu", row_length=128, holdout=0.2, train_on="training", validation_rows=10_000):
+        self.folder, self.seed, self.device, self.row_length = Path(folder), seed, torch.device(device), row_length
+        self.meta = load_meta(self.folder)
+        self.vocabulary_size = self.meta["vocabulary_size"]
+        self.predicted_per_row = round(MASK_SHARE * row_length)
+        self.train_tokens, self.val_tokens = (load_tokens(self.folder, part, self.meta) for part in ("train", "val"))
+        all_rows = len(self.train_tokens) // row_length
+        holdout_rows = int(all_rows * holdout)
+        # Holdout and training are two ends of one permutation that no seed changes.
+        self.first_row = holdout_rows if train_on == "training" else 0
+        self.rows = all_rows - holdout_rows if train_on == "training" else holdout_rows
+        self.all_rows = all_rows
+        self.validation_rows = min(validation_rows, len(self.val_tokens) // row_length)
+        if self.rows < 1 or self.validation_rows < 1:
+            raise UserError(
+                f"{folder}: {self.rows} rows of {row_length} tokens to train on and {self.validation_rows} to validate on; "
+                "both need at least one: prepare more text"
+            )
+        self.position = [0, 0]  # of each stream: the first position that was not drawn yet
+
+    @property
+    def tokenizer(self):
+        return Tokenizer.load(self.folder / "tokenizer.json")
+
+    # The streams
+
+    def draw(self, count, stream=TRAINING):
+        """The next `count` positions of a stream, as an int64 array; the stream moves on."""
+        first = self.position[stream]
+        self.position[stream] = first + count
+        self.read_ahead(np.arange(first + count, first + 2 * count), stream)
+        return np.arange(first, first + count)
+
+    def row_indices(self, positions, stream=TRAINING):
+        """Rows of train.bin at these positions: every epoch is a permutation of its own."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, within = positions // self.rows, positions % self.rows
+        rows = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = permute(within[here], self.rows, hash_of(self.seed, stream, int(epoch)))
+        return permute(self.first_row + rows, self.all_rows, hash_of(0))
+
+    def read_ahead(self, positions, stream):
+        """Tells the system which rows come next, so that a corpus larger than memory is read in time."""
+        if hasattr(mmap, "MADV_WILLNEED") and isinstance(self.train_tokens, np.memmap):
+            bytes_per_row = 2 * self.row_length
+            for row in self.row_indices(positions, stream).tolist():
+                start = row * bytes_per_row // mmap.PAGESIZE * mmap.PAGESIZE
+                self.train_tokens._mmap.madvise(mmap.MADV_WILLNEED, start, (row + 1) * bytes_per_row - start)
+
+    def batch(self, positions, stream=TRAINING):
+        """The corrupted rows at stream positions (a pure function): a batch for the model."""
+        rows = gather_rows(self.train_tokens, self.row_indices(positions, stream), self.row_length)
+        return self.corrupt(self.to_device(rows), self.to_device(np.asarray(positions, dtype=np.int64)), hash_of(self.seed, stream))
+
+    def validation_batches(self, rows_per_batch, process=0, processes=1):
+        """The fixed validation rows of this process in batches, corrupted the same way in every run."""
+        indices = np.arange(process, self.validation_rows, processes)
+        for first in range(0, len(indices), rows_per_batch):
+            here = indices[first : first + rows_per_batch]
+            tokens = self.to_device(gather_rows(self.val_tokens, here, self.row_length))
+            yield self.corrupt(tokens, self.to_device(here), hash_of(0, VALIDATION))
+
+    def to_device(self, array):
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    # Corruption
+
+    def corrupt(self, tokens, positions, key):
+        """BERT's masking (METHODS 2.1) with a fixed count: of every row, round(15%) tokens that are not
+        separators are predicted; of these 80% become [MASK], 10% a random token, 10% stay.
+
+        tokens (B, T) int64 and positions (B,) int64 -> dict of `tokens` (B, T), `positions` (B, P) and
+        `labels` (B, P), with P = `predicted_per_row`.
+        """
+        T, P = tokens.shape[1], self.predicted_per_row
+        columns = torch.arange(T, device=tokens.device)
+        draws = hash_of(key, positions[:, None], columns)  # (B, T)
+        # The P smallest draws are chosen. The column breaks ties, separators come last. A document has at
+        # least one token before its separator, so half of every row can be chosen.
+        order = (draws + (tokens == SEPARATOR) * (1 << 32)) * T + columns
+        chosen = order.topk(P, dim=1, largest=False).indices.sort(dim=1).values  # (B, P)
+        labels = tokens.gather(1, chosen)
+        fate = hash_of(key, 1, positions[:, None], chosen)
+        random_token = (hash_of(key, 2, positions[:, None], chosen) * self.vocabulary_size) >> 32
+        replacement = torch.where(fate < int(0.8 * 2**32), MASK, torch.where(fate < int(0.9 * 2**32), random_token, labels))
+        return {"tokens": tokens.scatter(1, chosen, replacement), "positions": chosen, "labels": labels}
+
+    def unigram_entropy(self):
+        """Entropy in nats of the validation tokens' frequencies, separators apart: the loss of a model
+        that knows the frequencies and reads no context."""
+        tokens = self.val_tokens[: self.validation_rows * self.row_length]
+        counts = np.bincount(tokens[tokens != SEPARATOR])
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+    def state_dict(self):
+        return {"position": list(self.position)}
+
+    def load_state_dict(self, state):
+        self.position = list(state["position"])
+
+
+def gather_rows(tokens, indices, row_length):
+    """Rows of a token stream as an int64 array: (len(indices), row_length)."""
+    return tokens[: len(tokens) // row_length * row_length].reshape(-1, row_length)[indices].astype(np.int64)
+
+
+def load_meta(folder):
+    """meta.json, verified against its own checksum."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no corpus here (no meta.json); make it with python data/prepare.py") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged; prepare the corpus again") from None
+    if not isinstance(meta, dict) or meta.get("checksum") != meta_checksum(meta):
+        raise UserError(f"{path} was changed after it was written; prepare the corpus again")
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists() or zlib.crc32(tokenizer.read_bytes()) != meta["tokenizer_checksum"]:
+        raise UserError(f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus again")
+    return meta
+
+
+def load_tokens(folder, part, meta):
+    """A .bin file, memory-mapped. Its length is checked, and the checksums of evenly spaced blocks of it:
+    all of a small file, 1 GiB of a large one."""
+    path = folder / f"{part}.bin"
+    expected = 2 * meta[part]["tokens"]
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes, meta.json says {expected:,}; prepare the corpus again")
+    checksums = meta[part]["checksums"]
+    with open(path, "rb") as file:
+        for block in np.unique(np.linspace(0, len(checksums) - 1, min(len(checksums), CHECKED_BLOCKS)).astype(int)):
+            file.seek(int(block) * CHECKSUM_BYTES)
+            if zlib.crc32(file.read(CHECKSUM_BYTES)) != checksums[block]:
+                raise UserError(f"{path} is not what was written (its checksum differs); prepare the corpus again")
+    return np.memmap(path, dtype=np.uint16, mode="r") if size else np.empty(0, np.uint16)

@@ -1,0 +1,515 @@
+"""Text to tokens on disk.
+
+    python data/prepare.py pydocs                             documentation strings of what is installed
+    python data/prepare.py NAME --files='folder/*.json.gz'    your own files: a file, a folder or a glob
+    python data/prepare.py c4 --shards=8                      the first public C4 shards, downloaded
+
+writes data/NAME/bert-VOCABULARY/: `train.bin` and `val.bin` (uint16 tokens, every document ended by
+[SEP]), `tokenizer.json`, and `meta.json` (counts, source, versions, checksums), which is written last:
+a folder without it is not a corpus.
+
+Files: `.txt` (documents separated by blank lines), `.json` and `.jsonl` (a JSON object with a string
+`text` a line), each also with `.gz`.
+
+Two passes: one samples documents and trains the tokenizer, one encodes them all on all cores. Memory
+does not grow with the corpus: a bounded number of blocks of lines is in flight.
+"""
+
+import argparse
+import ast
+import base64
+import collections
+import functools
+import glob
+import gzip
+import hashlib
+import heapq
+import http.client
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import sysconfig
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from errors import UserError, exits_on_user_error  # noqa: E402
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
+SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
+C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en"
+C4_SHARDS = 1024
+SUFFIXES = tuple(kind + packed for kind in (".txt", ".json", ".jsonl") for packed in ("", ".gz"))
+
+BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
+SAMPLE_BYTES = 64 << 20  # text that the tokenizer is trained on
+SAMPLE_FILES = 64  # files that the sample is taken from, evenly spaced
+VALIDATION_SHARE = 0.02  # at most this share of the text ...
+VALIDATION_TOKENS = 10_000 * 128 * 1.1  # ... and about this many tokens (10,000 rows of 128, and a margin)
+CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
+
+
+# -- Tokenizer -----------------------------------------------------------------------------------------
+
+# A word with the space before it, a run of punctuation with the space before it, or other white space.
+# The lengths are bounded so that no text can make the merging slow. Python's and tiktoken's regular
+# expressions read this pattern alike.
+PATTERN = r" ?\w{1,32}| ?[^\w\s]{1,32}|\s{1,32}(?!\S)|\s"
+
+
+def normalise(text, uncased):
+    """The text that the tokenizer sees. Uncased, as the study: typewriter quotes (`` and '') become ",
+    accents are stripped (NFD), letters are lower-cased, white space is one space. Unlike the study,
+    characters outside ASCII stay: byte-level BPE can write them."""
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a surrogate pair
+    if uncased:
+        text = text.replace("``", '"').replace("''", '"')
+        if not text.isascii():
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+        text = " ".join(text.lower().split())
+    return text
+
+
+def train_bpe(word_counts, size):
+    """Byte-pair encoding (Sennrich et al. 2016): `size` byte strings in the order of their merging.
+
+    The first 256 are the bytes; every further one joins the pair of neighbours that is most frequent
+    over the words (ties: the smaller pair). Pair counts are kept up to date merge by merge, and a heap
+    with lazy deletion finds the largest.
+    """
+    vocabulary = [bytes([byte]) for byte in range(256)]
+    words = [list(word.encode()) for word in word_counts]
+    counts = list(word_counts.values())
+    pair_counts, pair_words = collections.Counter(), collections.defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in itertools.pairwise(word):
+            pair_counts[pair] += counts[index]
+            pair_words[pair].add(index)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    while len(vocabulary) < size and heap:
+        count, best = heapq.heappop(heap)
+        if pair_counts[best] != -count or count == 0:
+            continue  # an outdated entry; the pair's current count has one of its own
+        token = len(vocabulary)
+        joined = vocabulary[best[0]] + vocabulary[best[1]]
+        vocabulary.append(joined)
+        changed = set()
+        for index in sorted(pair_words.pop(best)):
+            word, merged, position = words[index], [], 0
+            while position < len(word):
+                if tuple(word[position : position + 2]) == best:
+                    merged.append(token)
+                    position += 2
+                else:
+                    merged.append(word[position])
+                    position += 1
+            for pair in itertools.pairwise(word):
+                pair_counts[pair] -= counts[index]
+                changed.add(pair)
+            for pair in itertools.pairwise(merged):
+                pair_counts[pair] += counts[index]
+                pair_words[pair].add(index)
+                changed.add(pair)
+            words[index] = merged
+        for pair in changed:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+    return vocabulary
+
+
+class Tokenizer:
+    """Byte-level BPE, run by tiktoken. Ids 0 to 4 are the special tokens, which no text encodes to.
+
+    `encode(text)` normalises first; `decode(encode(text)) == normalise(text, tokenizer.uncased)`.
+    """
+
+    def __init__(self, vocabulary, uncased):
+        self.vocabulary, self.uncased = vocabulary, uncased
+        shift = len(SPECIAL_TOKENS)
+        self.size = len(vocabulary) + shift
+        self.encoding = tiktoken.Encoding(
+            "trained-here",
+            pat_str=PATTERN,
+            mergeable_ranks={token: rank + shift for rank, token in enumerate(vocabulary)},
+            special_tokens={token: index for index, token in enumerate(SPECIAL_TOKENS)},
+        )
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(normalise(text, self.uncased))
+
+    def decode(self, tokens):
+        return self.encoding.decode(tokens)
+
+    def save(self, path):
+        tokens = [base64.b64encode(token).decode() for token in self.vocabulary]
+        Path(path).write_text(json.dumps({"uncased": self.uncased, "vocabulary": tokens}))
+
+    @classmethod
+    @functools.cache  # a worker loads it once
+    def load(cls, path):
+        try:
+            stored = json.loads(Path(path).read_text())
+            return cls([base64.b64decode(token) for token in stored["vocabulary"]], stored["uncased"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is not a tokenizer of ours ({error}); prepare the corpus again") from None
+
+
+# -- Sources: each yields blocks (name, number of the first line, lines as bytes) -----------------------
+
+
+def opened(path):
+    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+
+
+def file_blocks(path):
+    """The file in blocks of whole documents, about BLOCK_BYTES each."""
+    block, size, first = [], 0, 1
+    blank_ends = ".txt" in Path(path).suffixes
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(file, 1):
+                block.append(line)
+                size += len(line)
+                # Text without any blank line is cut too, or memory would grow with it.
+                if size >= BLOCK_BYTES and (not blank_ends or not line.strip() or size >= 4 * BLOCK_BYTES):
+                    yield str(path), first, block
+                    block, size, first = [], 0, number + 1
+        if block:
+            yield str(path), first, block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip data is cut short or damaged ({error}); get the file again") from None
+
+
+def documents(block):
+    """The documents of a block, as strings; a line that cannot be read is named by file and number."""
+    name, first, lines = block
+    is_text = ".txt" in Path(name).suffixes
+    paragraph = []
+    for number, line in enumerate(lines, first):
+        try:
+            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+        if is_text:
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield "".join(paragraph)
+                paragraph = []
+        elif line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise UserError(f"{name}, line {number}: expected a JSON object with a string \"text\", got {line.strip()[:60]!r}")
+            yield text
+    if paragraph:
+        yield "".join(paragraph)
+
+
+def local_files(pattern):
+    """The files that a path, a folder or a glob names, in the order of their names."""
+    if os.path.isdir(pattern):
+        found = [path for path in sorted(Path(pattern).rglob("*")) if path.name.endswith(SUFFIXES)]
+    else:
+        found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+        for path in found:
+            if not path.name.endswith(SUFFIXES):
+                raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+    if not found:
+        raise UserError(f"--files={pattern}: no file found (a file, a folder or a quoted glob of {', '.join(SUFFIXES)})")
+    return found
+
+
+PYDOCS_PACKAGES = ["torch", "sympy", "networkx", "numpy"]
+
+
+def pydocs_versions():
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PYDOCS_PACKAGES}
+
+
+def docstrings(path):
+    """The documentation strings of one Python file: of its module, classes and functions, and those that
+    C extensions get by a call (torch's add_docstr, numpy's add_newdoc)."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # a few files of the standard library's tests are broken on purpose
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("add_docstr", "add_newdoc"):
+            for constant in ast.walk(node):
+                if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                    yield constant.value
+
+
+def pydocs_of(path):
+    return [" ".join(text.split()) for text in docstrings(path) if text and len(text) >= 64]
+
+
+def write_pydocs(folder):
+    """Writes pydocs.jsonl, the documentation strings without duplicates; the same for the same versions."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    roots += [Path(importlib.util.find_spec(name).origin).parent for name in PYDOCS_PACKAGES]
+    paths = []
+    for root in roots:
+        inside = sorted(path for path in root.rglob("*.py"))
+        paths += [path for path in inside if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts)]
+    seen = set()
+    path = folder / "pydocs.jsonl"
+    with workers() as pool, open(path, "w", encoding="utf-8") as file:
+        for texts in tqdm(pool.imap(pydocs_of, paths, chunksize=32), "extracting", len(paths), unit=" files", disable=None):
+            for text in texts:
+                key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+                if key not in seen:
+                    seen.add(key)
+                    file.write(json.dumps({"text": text}) + "\n")
+    return [path]
+
+
+def download(url, path):
+    """Fetches `url` into `path`; goes on where a broken download stopped; the whole is checked.
+
+    The length must be the server's, and gzip's own checksum over the whole text must hold.
+    """
+    if path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    for attempt in range(5):
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                if response.status != 206:
+                    have = 0  # the server sends the file from its start
+                total = have + int(response.headers["Content-Length"])
+                with open(part, "ab" if have else "wb") as file, tqdm(
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None
+                ) as bar:
+                    while piece := response.read(1 << 20):
+                        file.write(piece)
+                        bar.update(len(piece))
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing is left beyond what we have: check it below
+                total = have
+            else:
+                raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == 4:
+                raise UserError(f"{url}: {error}; run the same command again to go on from {part}") from None
+            time.sleep(2**attempt)
+            continue
+        if part.stat().st_size < total:
+            continue  # the connection broke without an error
+        try:
+            with gzip.open(part) as file:
+                while file.read(1 << 22):
+                    pass
+        except (OSError, EOFError, zlib.error):
+            part.unlink()  # spliced or damaged: from the start again
+            continue
+        part.rename(path)
+        return
+    raise UserError(f"{url}: incomplete or damaged after 5 tries; run the same command again")
+
+
+# -- Encoding --------------------------------------------------------------------------------------------
+
+
+def document_hash(text):
+    """A number in [0, 1) that depends on the text alone: it decides sample and validation membership."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64
+
+
+def count_words(block, share, uncased):
+    """Words of the sampled documents of a block, with their counts; and the block's bytes."""
+    words = collections.Counter()
+    for text in documents(block):
+        if document_hash(text) < share:
+            words.update(re.findall(PATTERN, normalise(text, uncased)))
+    return words
+
+
+def encode_block(block, tokenizer_path, validation_share):
+    """(training tokens, validation tokens, documents of each) of a block; empty documents are left out."""
+    tokenizer = Tokenizer.load(tokenizer_path)
+    tokens, count = ([], []), [0, 0]
+    for text in documents(block):
+        encoded = tokenizer.encode(text)
+        if encoded:
+            # 1 - hash: in a large corpus the validation documents are not in the tokenizer's sample.
+            part = int(1 - document_hash(text) <= validation_share)
+            tokens[part].extend(encoded)
+            tokens[part].append(SEPARATOR)
+            count[part] += 1
+    return np.array(tokens[0], np.uint16), np.array(tokens[1], np.uint16), count
+
+
+def workers():
+    """A process for every core. Ctrl-C is the main process's alone to answer."""
+    return multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
+def in_parallel(pool, function, blocks, *arguments):
+    """`function(block, ...)` for every block, in order, on all cores, with few blocks in memory."""
+    pending = collections.deque()
+    for block in blocks:
+        pending.append(pool.apply_async(function, (block, *arguments)))
+        if len(pending) > 2 * pool._processes:
+            yield pending.popleft().get()
+    while pending:
+        yield pending.popleft().get()
+
+
+def estimated_bytes(path):
+    """Bytes of text in the file; of a packed one, estimated from its first megabytes."""
+    size = os.path.getsize(path)
+    if not str(path).endswith(".gz"):
+        return size
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+        return int(size * len(zlib.decompressobj(31).decompress(head)) / max(1, len(head)))
+    except zlib.error as error:
+        raise UserError(f"{path}: not gzip data ({error})") from None
+
+
+def block_checksums(path):
+    with open(path, "rb") as file:
+        return [zlib.crc32(block) for block in iter(lambda: file.read(CHECKSUM_BYTES), b"")]
+
+
+def meta_checksum(meta):
+    """The checksum of meta.json's own contents: it notices an edit."""
+    content = {key: value for key, value in meta.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def encode(files, folder, vocabulary_size, uncased, source):
+    """Trains the tokenizer on a sample of `files`, encodes them all into `folder`, writes meta.json."""
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    total_bytes = sum(map(estimated_bytes, files))
+    spacing = max(1, len(files) // SAMPLE_FILES)
+    sampled = files[::spacing]
+    share = min(1.0, SAMPLE_BYTES / max(1, sum(map(estimated_bytes, sampled))))
+    tokenizer_path = folder / "tokenizer.json"
+    with workers() as pool:
+        words = collections.Counter()
+        blocks = (block for path in sampled for block in file_blocks(path))
+        for counted in tqdm(in_parallel(pool, count_words, blocks, share, uncased), "sampling", unit=" blocks", disable=None):
+            words.update(counted)
+        if not words:
+            raise UserError(f"{source['files']}: no text in it")
+        # Words seen once tell the merges little and are most of the memory.
+        frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(sorted(words.items()))
+        Tokenizer(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased).save(tokenizer_path)
+        trained = time.perf_counter()
+        if Tokenizer.load(tokenizer_path).size > 65536:
+            raise UserError(f"--vocabulary={vocabulary_size}: tokens are stored in 16 bits, so at most 65536")
+        validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS / max(1, total_bytes / 4.5))
+        count, tokens = [0, 0], [0, 0]
+        blocks = (block for path in files for block in file_blocks(path))
+        with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as validation:
+            with tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar:
+                for *encoded, documents_here in in_parallel(pool, encode_block, blocks, tokenizer_path, validation_share):
+                    for part, file in enumerate((train, validation)):
+                        file.write(encoded[part].tobytes())
+                        tokens[part] += len(encoded[part])
+                        count[part] += documents_here[part]
+                    bar.update(len(encoded[0]) + len(encoded[1]))
+    meta = {
+        "model": "bert",
+        "vocabulary_size": vocabulary_size,
+        "uncased": uncased,
+        "source": source,
+        "train": {"documents": count[0], "tokens": tokens[0], "checksums": block_checksums(folder / "train.bin")},
+        "val": {"documents": count[1], "tokens": tokens[1], "checksums": block_checksums(folder / "val.bin")},
+        "tokenizer_checksum": zlib.crc32(tokenizer_path.read_bytes()),
+    }
+    meta["checksum"] = meta_checksum(meta)
+    temporary = folder / "meta.json.tmp"
+    temporary.write_text(json.dumps(meta, indent=1))
+    os.replace(temporary, folder / "meta.json")
+    encoding_seconds = time.perf_counter() - trained
+    print(
+        f"{folder}: {tokens[0]:,} training and {tokens[1]:,} validation tokens in {count[0]:,} and {count[1]:,} documents; "
+        f"tokenizer {trained - started:.0f} s, encoding {encoding_seconds:.0f} s ({sum(tokens) / encoding_seconds:,.0f} tokens/s)"
+    )
+
+
+def corpus_folder(name, model, vocabulary_size):
+    return ROOT / "data" / name / f"{model}-{vocabulary_size}"
+
+
+def prepare(name, files=None, vocabulary_size=8192, uncased=True, shards=1, base_url=C4_URL, folder=None):
+    """Prepares corpus `name`; see the module's docstring. Returns its folder."""
+    folder = Path(folder) if folder else corpus_folder(name, "bert", vocabulary_size)
+    if not len(SPECIAL_TOKENS) + 256 <= vocabulary_size <= 65536:
+        raise UserError(f"--vocabulary={vocabulary_size}: expected {len(SPECIAL_TOKENS) + 256} (the bytes) to 65536 (16 bits)")
+    if files:
+        source = {"files": str(files)}
+        found = local_files(str(files))
+    elif name == "pydocs":
+        folder.mkdir(parents=True, exist_ok=True)
+        source = {"files": "pydocs", "versions": pydocs_versions()}
+        found = write_pydocs(folder)
+    elif name == "c4":
+        if not 1 <= shards <= C4_SHARDS:
+            raise UserError(f"--shards={shards}: C4 has shards 1 to {C4_SHARDS}")
+        downloads = folder.parent / "downloads"
+        downloads.mkdir(parents=True, exist_ok=True)
+        names = [f"c4-train.{index:05d}-of-{C4_SHARDS:05d}.json.gz" for index in range(shards)]
+        for file in names:
+            download(f"{base_url}/{file}", downloads / file)
+        source = {"files": base_url, "shards": shards}
+        found = [downloads / file for file in names]
+    else:
+        raise UserError(f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH")
+    encode(found, folder, vocabulary_size, uncased, source)
+    return folder
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1")
+
+
+@exits_on_user_error
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("name", help="pydocs, c4, or a name for your own files")
+    parser.add_argument("--files", help="your own text: a file, a folder or a quoted glob")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens (8192; the study's base model: 32768)")
+    parser.add_argument("--uncased", type=boolean, default=True, help="lower-case and strip accents (true)")
+    parser.add_argument("--shards", type=int, default=1, help="c4: how many of its 1024 shards (1)")
+    parser.add_argument("--base_url", default=C4_URL, help="c4: where the shards are")
+    options = parser.parse_args(arguments)
+    prepare(options.name, options.files, options.vocabulary, options.uncased, options.shards, options.base_url)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Finds methods by the name of their file, and combines them with "+".
+
+    find("stacking+lion")  ->  a `Combination`; call it like a Method class to get one that is running
+
+There is no registry: `methods/NAME.py` with one subclass of `Method` in it is method NAME.
+"""
+
+import importlib
+import inspect
+import pkgutil
+
+from errors import UserError
+
+from .baseline import Method
+
+# Places that one method serves; two that override the same one cannot be combined.
+PLACES = {
+    "optimizer": "update the weights",
+    "active_layers": "choose the layers that train",
+    "evaluation_layers": "choose the layers that the model has",
+    "next_batch": "choose the rows",
+}
+
+
+def names():
+    """All methods there are: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(method):
+    """The methods of a "+"-separated list, checked to fit together: a `Combination`."""
+    classes = {}
+    for name in method.split("+"):
+        if name not in names():
+            raise UserError(f"--method={method}: no method {name!r}; there are {', '.join(names())}")
+        if name in classes:
+            raise UserError(f"--method={method}: {name} stands there twice")
+        module = importlib.import_module(f"{__name__}.{name}")
+        found = [
+            value for _, value in inspect.getmembers(module, inspect.isclass)
+            if issubclass(value, Method) and value.__module__ == module.__name__
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise UserError(f"methods/{name}.py: expected one subclass of Method in it, found {len(found)}")
+        classes[name] = found[0]
+    return Combination(classes)
+
+
+class Combination:
+    """One method or several, each place served by the one that claims it, or by the baseline.
+
+    As a class would, it answers `options`, `defaults(model, size)`, `prerequisites(config)`; `start(...)`
+    makes the running method.
+    """
+
+    def __init__(self, classes):
+        self.classes = classes
+        self.name = "+".join(classes)
+        self.owner = {}
+        for place, what in PLACES.items():
+            claiming = [name for name, cls in classes.items() if getattr(cls, place) is not getattr(Method, place)]
+            if len(claiming) > 1:
+                raise UserError(f"--method={self.name}: {' and '.join(claiming)} both {what} ({place}); take one of them")
+            self.owner[place] = claiming[0] if claiming else None
+        self.options = {}
+        for name, cls in classes.items():
+            for flag, option in cls.options.items():
+                if self.options.setdefault(flag, option) != option:
+                    raise UserError(f"--method={self.name}: two methods mean different things by --{flag}; take one of them")
+
+    def defaults(self, model, size):
+        """Values of the common flags: the baseline's, over them each method's, the optimizer's last."""
+        order = sorted(self.classes, key=lambda name: name == self.owner["optimizer"])
+        merged = {}
+        for cls in [Method, *(self.classes[name] for name in order)]:
+            of_model = cls.defaults.get(model, {})
+            merged |= of_model.get("base", {}) | of_model.get(size, {})
+        return merged
+
+    def prerequisites(self, config):
+        runs = {}
+        for cls in self.classes.values():
+            runs |= cls.prerequisites(config)
+        return runs
+
+    def draws_per_update(self, model):
+        owner = self.owner["active_layers"]
+        return self.classes[owner].draws_per_update.get(model, 1) if owner else 1
+
+    def start(self, *arguments):
+        return Running(self, *arguments)
+
+
+class Running:
+    """A started combination: what the training loop talks to."""
+
+    def __init__(self, combination, model, corpus, clock, config, prerequisites):
+        arguments = (model, corpus, clock, config, prerequisites)
+        self.parts = {name: cls(*arguments) for name, cls in combination.classes.items()}
+        baseline = Method(*arguments)
+        serving = {place: self.parts.get(owner, baseline) for place, owner in combination.owner.items()}
+        self.optimizer = serving["optimizer"].optimizer
+        self.next_batch = serving["next_batch"].next_batch
+        self.evaluation_layers = serving["evaluation_layers"].evaluation_layers
+        # Without a claimant all layers that the model has are active, whoever decides which those are.
+        self.active_layers = (
+            serving["active_layers"].active_layers if combination.owner["active_layers"] else lambda draw: self.evaluation_layers()
+        )
+        self.draws_per_update = combination.draws_per_update(config.model)
+        self.owns_optimizer = combination.owner["optimizer"] is not None
+
+    def after_step(self):
+        for part in self.parts.values():
+            part.after_step()
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])

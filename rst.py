@@ -1,0 +1,379 @@
+"""Reference system time (RST): what a computation would have cost on a fixed reference machine.
+
+    python rst.py                     this machine's probe times and its factor for every reference
+    python rst.py --save=mine.json    makes this machine a reference: train.py --reference=mine.json
+
+Kaddour et al. 2023 (section 4) charge a run, wherever it runs, the seconds that its iterations took on one
+reference machine, looked up in a table of recorded step times. Here the exchange rate is measured: a
+probe, one Transformer layer at the paper's shapes, is timed on this machine, and
+
+    factor = probe seconds on the reference / probe seconds here,    RST = seconds here x factor.
+
+The probe is a frozen copy that never imports model.py: faster code for the model is a gain, not an
+exchange rate. On a shared machine it is timed again and again during a run.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from errors import UserError, exits_on_user_error
+
+# Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
+# autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the paper's
+# release, bert/rst/saved_rsts.py. Entry 7 is a misplaced decimal point (0.1052) and stays out of the fit.
+RTX3090_BERT = [0.02521, 0.03837, 0.05177, 0.06508, 0.07847, 0.09188, 0.01052, 0.1186, 0.1319, 0.1454, 0.1589, 0.1722, 0.1857, 0.1988, 0.2120, 0.2253]  # fmt: skip
+# Seconds per update of 144 rows (512 and 114 tokens) on one A100 80 GB (CUDA 11.8, PyTorch 2.0, TF32,
+# compiled), with 1 to 12 layers a stack: the release's t5/t5/utils/train.py.
+A100_T5 = [0.129, 0.209, 0.291, 0.373, 0.455, 0.538, 0.619, 0.703, 0.783, 0.865, 0.947, 1.031]
+
+
+def fit_line(seconds, leave_out=()):
+    """Least squares `seconds = intercept + slope * layers` over a table of 1, 2, ... layers."""
+    points = [(layers, value) for layers, value in enumerate(seconds, 1) if layers not in leave_out]
+    slope, intercept = statistics.linear_regression(*zip(*points))
+    return slope, intercept
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A machine that budgets are counted on: what one full probe takes there, and how that is known."""
+
+    name: str
+    probe_seconds: dict  # by probe: {"bert": seconds, "t5": seconds}, one of them at least
+    provenance: str
+
+
+REFERENCES = {
+    "rtx3090": Reference(
+        "rtx3090", {"bert": fit_line(RTX3090_BERT, leave_out=[7])[0]}, "seconds per layer, fitted to the release's recorded step times"
+    ),
+    # The table is per 144 rows, the probe has 72.
+    "a100": Reference("a100", {"t5": fit_line(A100_T5)[0] / 2}, "seconds per layer pair, fitted to the release's recorded step times"),
+    "this": Reference("this", {}, "plain time on this machine, factor 1"),
+}
+
+
+def find_reference(name):
+    """The reference of that name, or the one in a file that `python rst.py --save=FILE` wrote."""
+    if name in REFERENCES:
+        return REFERENCES[name]
+    try:
+        with open(name) as file:
+            reference = Reference(**json.load(file))
+        if not reference.probe_seconds or any(not seconds > 0 for seconds in reference.probe_seconds.values()):
+            raise ValueError("no probe times in it")
+        return reference
+    except FileNotFoundError:
+        raise UserError(f"--reference={name}: neither one of {', '.join(REFERENCES)} nor a file") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--reference={name}: not a file of `python rst.py --save` ({error})") from None
+
+
+# -- The probes: frozen, so that a factor means the same for ever ---------------------------------------
+
+WIDTH, HEADS = 768, 12
+
+
+def attention(queries, keys_values, output, scale=None, bias=None, causal=False):
+    q, k, v = (x.view(*x.shape[:2], HEADS, -1).transpose(1, 2) for x in (queries, *keys_values))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return F.linear(y.transpose(1, 2).flatten(2), output)
+
+
+def bert_layer(x, weights):
+    """A pre-norm layer with a gated GELU, as crammed BERT's: (B, 128, 768)."""
+    qkv, out, w_in, w_out = weights
+    h = F.layer_norm(x, (WIDTH,))
+    q, k, v = F.linear(h, qkv).chunk(3, dim=-1)
+    x = x + attention(q, (k, v), out)
+    a, g = F.linear(F.layer_norm(x, (WIDTH,)), w_in).chunk(2, dim=-1)
+    return x + F.linear(a * F.gelu(g), w_out)
+
+
+def t5_layer_pair(inputs, weights):
+    """One encoder layer on (B, 512, 768) and one decoder layer on (B, 114, 768), as T5 v1.1's."""
+    x, y = inputs
+    qkv, out, w_in, w_out, qkv2, out2, cross_q, cross_kv, cross_out, w_in2, w_out2, bias, bias2 = weights
+
+    def feed_forward(x, w_in, w_out):
+        g, a = F.linear(F.rms_norm(x, (WIDTH,)), w_in).chunk(2, dim=-1)
+        return x + F.linear(F.gelu(g, approximate="tanh") * a, w_out)
+
+    q, k, v = F.linear(F.rms_norm(x, (WIDTH,)), qkv).chunk(3, dim=-1)
+    x = feed_forward(x + attention(q, (k, v), out, bias=bias.to(q.dtype)), w_in, w_out)
+    q, k, v = F.linear(F.rms_norm(y, (WIDTH,)), qkv2).chunk(3, dim=-1)
+    y = y + attention(q, (k, v), out2, bias=bias2.to(q.dtype))
+    k, v = F.linear(x, cross_kv).chunk(2, dim=-1)
+    y = y + attention(F.linear(F.rms_norm(y, (WIDTH,)), cross_q), (k, v), cross_out)
+    return feed_forward(y, w_in2, w_out2)
+
+
+# A full probe has `rows` rows. A CPU times `cpu_rows` of them and multiplies: a constant, so that the
+# factor does not depend on how busy the machine was when a run began.
+PROBES = {
+    "bert": dict(rows=128, cpu_rows=2, shapes=[(2304, 768), (768, 768), (3072, 768), (768, 1536)]),
+    "t5": dict(
+        rows=72,
+        cpu_rows=1,
+        shapes=[(2304, 768), (768, 768), (4096, 768), (768, 2048), (2304, 768), (768, 768), (768, 768), (1536, 768), (768, 768)]
+        + [(4096, 768), (768, 2048)],
+    ),
+}  # fmt: skip
+
+
+class Probe:
+    """One Transformer layer, forward and backward with weight gradients, eager, in a given dtype."""
+
+    def __init__(self, name, device, dtype):
+        self.name, self.device, self.dtype = name, torch.device(device), dtype
+        self.full_rows = PROBES[name]["rows"]
+        self.rows = PROBES[name]["cpu_rows"] if self.device.type == "cpu" else self.full_rows
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape, std):  # of ordinary size everywhere, so that no value is denormal
+            return (torch.randn(shape, generator=generator) * std).to(self.device)
+
+        self.weights = [normal(*shape, std=0.02).requires_grad_() for shape in PROBES[name]["shapes"]]
+        if name == "bert":
+            self.inputs = normal(self.rows, 128, WIDTH, std=1.0).requires_grad_()
+            self.gradient = normal(self.rows, 128, WIDTH, std=1.0)
+        else:
+            self.inputs = [normal(self.rows, length, WIDTH, std=1.0).requires_grad_() for length in (512, 114)]
+            self.gradient = normal(self.rows, 114, WIDTH, std=1.0)
+            future = torch.full((114, 114), float("-inf"), device=self.device).triu(1)
+            self.bias = [normal(1, HEADS, 512, 512, std=0.1), normal(1, HEADS, 114, 114, std=0.1) + future]
+
+    def seconds(self):
+        """Times one pass; returns the seconds that a full probe takes at this pace."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
+            if self.name == "bert":
+                output, leaves = bert_layer(self.inputs, self.weights), [self.inputs, *self.weights]
+            else:
+                output, leaves = t5_layer_pair(self.inputs, self.weights + self.bias), [*self.inputs, *self.weights]
+        torch.autograd.grad(output, leaves, self.gradient.to(output.dtype))
+        synchronise(self.device)
+        return (time.perf_counter() - start) * self.full_rows / self.rows
+
+
+def synchronise(device):
+    """Waits until the device has done its work, so that a clock may be read."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fastest_dtype(device):
+    """The dtype that this machine trains fastest in: a lower precision counts when it multiplies matrices
+    1.3 times as fast as fp32 (GPUs, CPUs with bf16 units), so that noise cannot decide."""
+    candidates = [torch.float32, torch.bfloat16]
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        candidates = [torch.float32, torch.float16]  # before Ampere bf16 is emulated
+    size = 512 if torch.device(device).type == "cpu" else 4096
+
+    def seconds(dtype):
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        times = []
+        for _ in range(5):
+            synchronise(device)
+            start = time.perf_counter()
+            matrix @ matrix
+            synchronise(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    full, low = map(seconds, candidates)
+    return candidates[1] if full > 1.3 * low else candidates[0]
+
+
+def gather(values, device):
+    """A list of numbers of this process -> the lists of all processes, in order of rank."""
+    if not dist.is_initialized():
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [row.tolist() for row in everyone]
+
+
+# -- The clock ---------------------------------------------------------------------------------------------
+
+PROBE_SHARE = 0.01  # of the time goes into probing
+KEPT_PROBES = 16  # the factor in force is taken from the mean of the last probes
+STALL_LIMIT = 3.0  # times the median of the last STALL_WINDOW updates is the most that ...
+STALL_WINDOW = 50  # ... the loop's own part of an update is charged
+STALL_HISTORY = 5  # updates before the limit applies
+
+
+class Clock:
+    """Charges a run in reference seconds, and says how much of the budget is spent.
+
+    Args:
+        reference: a `Reference`.
+        model: "bert" or "t5": which probe is timed, where the reference has both.
+        device: where the probe runs.
+        budget_seconds: the budget in reference seconds; or
+        budget_updates: the budget in updates (then `progress` counts updates, and time is only reported).
+        reprobe: whether the probe is timed again during the run.
+    """
+
+    def __init__(self, reference, model, device, budget_seconds=None, budget_updates=None, reprobe=True):
+        self.reference, self.device = reference, torch.device(device)
+        self.budget_seconds, self.budget_updates = budget_seconds, budget_updates
+        self.updates, self.spent_seconds, self.cut_seconds, self.free_seconds = 0, 0.0, 0.0, 0.0
+        self.pace = collections.deque(maxlen=STALL_WINDOW)  # charged seconds per row and layer
+        self.factor_history = []  # [spent seconds, factor]
+        self.free_block_seconds = 0.0  # since the last charge
+        self.weights = []  # what may not change in free(): set by the training loop
+        self.probe, self.probes, self.since_probe = None, collections.deque(maxlen=KEPT_PROBES), 0.0
+        self.reprobe = reprobe
+        self.factor = 1.0
+        if reference.probe_seconds:
+            name = model if model in reference.probe_seconds else next(iter(reference.probe_seconds))
+            self.probe = Probe(name, device, fastest_dtype(device))
+            self.probe.seconds()  # warm-up
+            for _ in range(5):
+                self.measure()
+
+    def measure(self):
+        """Times the probe once, with all processes together, and puts the new factor in force."""
+        start = time.perf_counter()
+        self.probes.append(self.probe.seconds())
+        mine = self.reference.probe_seconds[self.probe.name] / statistics.mean(self.probes)
+        results = gather([mine, time.perf_counter() - start], self.device)
+        self.factor = sum(factor for factor, _ in results)
+        self.probe_wall_seconds = max(seconds for _, seconds in results)
+        self.since_probe = 0.0
+        self.factor_history.append([self.spent_seconds, self.factor])
+
+    @property
+    def progress(self):
+        """Share of the budget that is spent, in [0, 1]: what every schedule follows."""
+        if self.budget_updates is not None:
+            return min(1.0, self.updates / self.budget_updates)
+        return min(1.0, self.spent_seconds / self.budget_seconds)
+
+    def charge(self, loop_seconds, method_seconds, row_layers):
+        """Charges one update; returns the parts for the log, in reference seconds.
+
+        Args:
+            loop_seconds: forward, backward and step, which a stall of the machine cannot inflate beyond
+                STALL_LIMIT times the usual time for as many rows and layers.
+            method_seconds: what the method did in its places; charged in full, whatever it takes.
+            row_layers: the sum of active layers over the update's rows.
+        Both times are those of the slowest process. Free blocks must be subtracted already.
+        """
+        loop, method = loop_seconds * self.factor, method_seconds * self.factor
+        cut = 0.0
+        if len(self.pace) >= STALL_HISTORY:
+            cut = max(0.0, loop - STALL_LIMIT * statistics.median(self.pace) * row_layers)
+        self.pace.append(loop / row_layers)
+        charged = loop - cut + method
+        self.updates += 1
+        self.spent_seconds += charged
+        self.cut_seconds += cut
+        self.since_probe += loop_seconds + method_seconds
+        return {"charged_seconds": charged, "loop_seconds": loop - cut, "method_seconds": method, "cut_seconds": cut}
+
+    def probe_when_due(self):
+        """Between updates: keeps the probing at its share of the time. Not charged."""
+        if self.probe and self.reprobe and self.since_probe * PROBE_SHARE >= self.probe_wall_seconds:
+            self.measure()
+
+    @contextlib.contextmanager
+    def free(self):
+        """A block of work that is reported but not charged. Weights may not change in it: checked."""
+        before = fingerprint(self.weights)
+        synchronise(self.device)
+        start = time.perf_counter()
+        yield
+        synchronise(self.device)
+        self.free_block_seconds += time.perf_counter() - start
+        if fingerprint(self.weights) != before:
+            raise RuntimeError("weights changed inside clock.free(): free work may not train the model")
+
+    def take_free_seconds(self):
+        """Local seconds of the free blocks since the last call."""
+        seconds, self.free_block_seconds = self.free_block_seconds, 0.0
+        return seconds
+
+    def state_dict(self):
+        names = ("updates", "spent_seconds", "cut_seconds", "free_seconds", "since_probe", "factor_history")
+        return {name: getattr(self, name) for name in names} | {"pace": list(self.pace)}
+
+    def load_state_dict(self, state):
+        state = dict(state)
+        self.pace.extend(state.pop("pace"))
+        # The factor is this session's: the run may have moved to another machine.
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.factor_history.append([self.spent_seconds, self.factor])
+
+
+def fingerprint(tensors):
+    """A number per tensor that changes with any bit of it; versions notice what adds up to the same."""
+    return [(tensor._version, tensor.detach().view(torch.int32).sum(dtype=torch.int64).item()) for tensor in tensors]
+
+
+# -- The command ---------------------------------------------------------------------------------------------
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+@exits_on_user_error
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--save", metavar="FILE", help="write this machine's probe times as a reference")
+    parser.add_argument("--reference", metavar="FILE", help="also print the factor for this reference")
+    parser.add_argument("--repeats", type=int, default=10, help="how often each probe is timed (10)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1 or options.threads < 0:
+        raise UserError(f"--repeats={options.repeats} --threads={options.threads}: repeats are at least 1, threads at least 0")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    references = {name: reference for name, reference in REFERENCES.items() if reference.probe_seconds}
+    if options.reference:
+        references[options.reference] = find_reference(options.reference)
+    dtype = fastest_dtype(options.device)
+    print(f"{device_name(options.device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
+    measured = {}
+    for name in PROBES:
+        probe = Probe(name, options.device, dtype)
+        probe.seconds()
+        times = [probe.seconds() for _ in range(options.repeats)]
+        measured[name] = statistics.mean(times)
+        print(
+            f"{name} probe ({probe.rows} of {probe.full_rows} rows timed): {measured[name]:.4g} s full, "
+            f"from {min(times):.4g} to {max(times):.4g} over {len(times)} repeats"
+        )
+        for reference in references.values():
+            if name in reference.probe_seconds:
+                factor = reference.probe_seconds[name] / measured[name]
+                print(f"  {reference.name}: factor {factor:.5g}; one {reference.name} hour is {1 / factor:.4g} hours here")
+    if options.save:
+        reference = Reference(options.save, measured, f"{device_name(options.device)}, torch {torch.__version__}, {dtype}")
+        with open(options.save, "w") as file:
+            json.dump(dataclasses.asdict(reference), file, indent=1)
+        print(f"saved: train.py --reference={options.save}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,684 @@
+"""Trains a model with a method under a budget of reference system time.
+
+    python train.py                                     what this machine can do in three minutes
+    python train.py --method=rho --budget_hours=12      a method of methods/, 12 hours on the reference
+    python train.py --resume=runs/NAME                  goes on where a run was stopped
+    torchrun --nproc_per_node=8 train.py ...            the same on many devices
+
+Every run is a folder: config.json, log.jsonl (an object per update and per validation), checkpoint.pt,
+model.pt (weights only), result.json (written last).
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import methods
+import model as models
+import rst
+from data.corpus import Corpus
+from data.prepare import boolean, corpus_folder
+from errors import UserError, exits_on_user_error
+from methods.baseline import SCHEDULES
+
+ROOT = Path(__file__).resolve().parent
+WEEK_HOURS = 7 * 24
+
+
+def setting(default, help, choices=()):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag. None: resolved by `resolve`, and printed."""
+
+    # What is trained
+    model: str = setting("bert", "which model", tuple(models.SIZES))
+    size: str = setting(None, "tiny, small or base (base with a GPU, else tiny)", ("tiny", "small", "base"))
+    method: str = setting("baseline", "a file of methods/, or several joined by +")
+    # On what
+    data: str = setting(None, "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)")
+    vocabulary: int = setting(None, "size of its vocabulary (base: 32768, else 8192)")
+    row_length: int = setting(128, "tokens a row")
+    holdout: float = setting(0.2, "share of the rows that is kept from training, for every method alike")
+    train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
+    validation_rows: int = setting(None, "rows of the fixed validation set (base: 10000, else 1000)")
+    # For how long
+    budget_hours: float = setting(None, "budget in hours of the reference (0.05)")
+    budget_steps: int = setting(None, "budget in updates instead")
+    reference: str = setting(None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this; else the study's)")
+    reprobe: bool = setting(True, "time the probe again during the run")
+    # The recipe (defaults by method, model and size)
+    batch: int = setting(None, "rows an update")
+    lr: float = setting(None, "peak learning rate")
+    schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
+    beta1: float = setting(None, "decay of the first moment")
+    beta2: float = setting(None, "decay of the second moment")
+    eps: float = setting(None, "added to the denominator")
+    weight_decay: float = setting(None, "decoupled, on matrices only")
+    clip: float = setting(None, "limit of the global gradient norm")
+    seed: int = setting(0, "of initial weights, row order and corruption")
+    # How it runs; may change on resume
+    device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)")
+    dtype: str = setting(None, "fp32, bf16 or fp16 (bf16 on a GPU, fp32 on a CPU)", ("fp32", "bf16", "fp16"))
+    compile: bool = setting(False, "compile the layers, one by one")
+    micro_batch: int = setting(None, "rows a forward pass; changes speed and memory only (GPU: 128, CPU: 8)")
+    threads: int = setting(0, "CPU threads (0: torch's choice)")
+    validations: int = setting(4, "how often to validate, evenly over the budget; the last is at its end")
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints")
+    out: str = setting(None, "the run's folder (runs/, named after the plan)")
+    yes: bool = setting(False, "start a plan of over a week")
+    options: dict = setting(None, "the method's own options")
+
+
+MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads", "checkpoint_minutes", "out", "yes"}
+VOCABULARY = {"tiny": 8192, "small": 8192, "base": 32768}
+VALIDATION_ROWS = {"tiny": 1000, "small": 1000, "base": 10_000}
+STUDY_REFERENCE = {"bert": "rtx3090", "t5": "a100"}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AT_LEAST_ONE = ("vocabulary", "row_length", "validation_rows", "budget_steps", "batch", "micro_batch", "validations")
+ABOVE_ZERO = ("budget_hours", "clip", "checkpoint_minutes")
+AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "seed", "threads")
+
+
+# -- Flags -------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; python train.py --help lists the flags")
+
+
+def parse(arguments):
+    """The flags that were typed, as a dictionary, and the folder of --resume or None."""
+    method = "baseline"  # it decides which options there are
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--method="):
+            method = argument.partition("=")[2]
+        elif argument == "--method" and index + 1 < len(arguments):
+            method = arguments[index + 1]
+        elif argument.startswith("--resume=") and (Path(argument[9:]) / "config.json").exists():
+            method = read_json(Path(argument[9:]) / "config.json").get("method", method)
+    options = methods.find(method).options
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, prog="train.py",
+        epilog=f"methods: {', '.join(methods.names())}; combine them with +",
+    )  # fmt: skip
+
+    def add(group, name, kind, default, help, choices):
+        shown = help if default is None else f"{help} ({str(default).lower() if kind is bool else default})"
+        extra = dict(nargs="?", const=True) if kind is bool else dict(choices=choices or None)
+        group.add_argument(f"--{name}", type=boolean if kind is bool else kind, help=shown, metavar=kind.__name__.upper(), **extra)
+
+    for field in dataclasses.fields(Config):
+        if field.name != "options":
+            add(parser, field.name, field.type, field.default, field.metadata["help"], field.metadata["choices"])
+    parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
+    group = parser.add_argument_group(f"options of --method={method}")
+    for name, option in options.items():
+        add(group, name, type(option.default), option.default, option.help, option.choices)
+    typed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [action.option_strings[0] for action in parser._actions]
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, known, n=1)
+        raise UserError(f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "") + f" Flags: {' '.join(known)}")
+    typed = vars(typed)
+    typed_options = {name: typed.pop(name) for name in list(typed) if name in options}
+    return typed | ({"options": typed_options} if typed_options else {}), typed.pop("resume", None)
+
+
+def resolve(typed):
+    """The whole configuration from what was typed: every unset flag gets its value here."""
+    values = {field.name: field.default for field in dataclasses.fields(Config)} | typed
+    if values["budget_hours"] is not None and values["budget_steps"] is not None:
+        raise UserError("--budget_hours and --budget_steps are two budgets; give one")
+    if values["device"] is None:
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = values["device"].startswith("cuda")
+    size = values["size"] = values["size"] or ("base" if on_gpu else "tiny")
+    combination = methods.find(values["method"])
+    recipe = combination.defaults(values["model"], size)
+    defaults = recipe | {
+        "vocabulary": VOCABULARY[size],
+        "validation_rows": VALIDATION_ROWS[size],
+        "budget_hours": None if values["budget_steps"] else 0.05,
+        "reference": "this" if size == "tiny" else STUDY_REFERENCE[values["model"]],
+        "dtype": "bf16" if on_gpu else "fp32",
+    }
+    values |= {name: value for name, value in defaults.items() if values[name] is None}
+    if values["micro_batch"] is None:
+        values["micro_batch"] = min(values["batch"], 128 if on_gpu else 8)
+    if values["data"] is None:
+        prepared = corpus_folder("c4", values["model"], values["vocabulary"]) / "meta.json"
+        values["data"] = "c4" if prepared.exists() else "pydocs"
+    values["options"] = {name: option.default for name, option in combination.options.items()} | (values["options"] or {})
+    config = Config(**values)
+    for names, holds, expected in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+        (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
+        (("holdout", "beta1", "beta2"), lambda value: 0 <= value < 1, "from 0 to below 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not (holds(value) and math.isfinite(value)):
+                raise UserError(f"--{name}={value}: expected a number {expected}")
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"--device={config.device}: torch sees no GPU here; say --device=cpu")
+    rst.find_reference(config.reference)
+    return config
+
+
+def identity(config):
+    """The settings that decide a run's result: two runs that agree in them are the same run."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
+
+
+# -- Run folders -------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this the folder of a run?") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: not JSON") from None
+
+
+def write_json(path, content):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def plan_name(config):
+    """The default name of a run's folder: its plan, without what may change on resume."""
+    budget = f"{config.budget_steps}steps" if config.budget_steps else f"{config.budget_hours:g}h-{Path(config.reference).stem}"
+    parts = [config.model, config.size, config.method, Path(config.data).name, budget]
+    if config.train_on != "training":
+        parts.append(config.train_on)
+    return "-".join([*parts, f"seed{config.seed}"])
+
+
+def new_folder(config):
+    """The folder of a new run; never one that holds another."""
+    folder = Path(config.out) if config.out else ROOT / "runs" / plan_name(config)
+    if config.out:
+        if (folder / "result.json").exists():
+            raise UserError(f"--out={folder} holds a finished run; choose another folder")
+        if (folder / "config.json").exists():
+            raise UserError(f"--out={folder} holds an interrupted run; go on with: python train.py --resume={folder}")
+        return folder
+    number, candidate = 1, folder
+    while (candidate / "config.json").exists():
+        if not (candidate / "result.json").exists() and is_main():
+            print(f"note: an unfinished run of this plan is in {shown(candidate)} (--resume={shown(candidate)} goes on with it)")
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def shown(path):
+    """A path as short as it can be said from here."""
+    path = os.path.relpath(path)
+    return path if not path.startswith("..") else os.path.abspath(path)
+
+
+def config_of(folder, typed=None):
+    """The configuration of a run that exists, with the flags that may change on resume replaced."""
+    stored = read_json(Path(folder) / "config.json")
+    try:
+        config = Config(**stored)
+    except TypeError as error:
+        raise UserError(f"{folder}/config.json is not a configuration of this version: {error}") from None
+    for name, value in (typed or {}).items():
+        if name == "options":
+            changed = any(config.options.get(option) != given for option, given in value.items())
+        else:
+            changed = getattr(config, name) != value
+        if changed and name not in MAY_CHANGE_ON_RESUME:
+            raise UserError(f"--{name}={value}: this run was started with {getattr(config, name)}, which decides its result; start a new run")
+    return dataclasses.replace(config, **{name: value for name, value in (typed or {}).items() if name in MAY_CHANGE_ON_RESUME})
+
+
+def git_commit():
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        return commit.stdout.strip() or None
+    except OSError:
+        return None
+
+
+# -- Processes and memory ------------------------------------------------------------------------------------
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main():
+    return process() == 0
+
+
+def say(*text):
+    if is_main():
+        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def sum_over_processes(tensors, bucket_elements=1 << 25):
+    """Adds tensors up over all processes, in place, flattened into few large messages."""
+    if processes() == 1:
+        return
+    bucket, size = [], 0
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= bucket_elements or index == len(tensors) - 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                tensor.copy_(total.view_as(tensor))
+            bucket, size = [], 0
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next step: giving it back and faulting it in again costs a
+    CPU step 10 to 20%. Elsewhere there is nothing to tell."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class StopSignal:
+    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def receive(self, number, frame):
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# -- Training ------------------------------------------------------------------------------------------------
+
+
+def cut(positions, draws, micro_batch):
+    """(draw, positions) of the micro-batches of this process: the update's rows in `draws` groups, each
+    shared out over the processes and cut to at most `micro_batch` rows."""
+    for draw, group in enumerate(np.array_split(positions, draws)):
+        mine = np.array_split(group, processes())[process()]
+        for first in range(0, len(mine), micro_batch):
+            yield draw, mine[first : first + micro_batch]
+
+
+def validate(model, corpus, rows_per_batch):
+    """Mean loss over the predicted tokens of the fixed validation rows, with the layers that there are."""
+    total = torch.zeros((), dtype=torch.float64, device=corpus.device)
+    with torch.no_grad():
+        for batch in corpus.validation_batches(rows_per_batch, process(), processes()):
+            total += model.loss(batch).double() * batch["labels"].numel()
+    sum_over_processes([total])
+    return total.item() / (corpus.validation_rows * corpus.predicted_per_row)
+
+
+def warm_up(model, corpus, config, draws):
+    """Runs the shapes of the run on throw-away batches, so that compilation and first-time work are done
+    before the clock starts. Returns the seconds of one update's forward and backward."""
+    sizes = [len(rows) for _, rows in cut(np.arange(config.batch), draws, config.micro_batch)]
+    seconds = {}
+    for rows in sorted(set(sizes)):
+        for _ in range(2):
+            rst.synchronise(config.device)
+            start = time.perf_counter()
+            model.loss(corpus.batch(np.arange(rows))).backward()
+            rst.synchronise(config.device)
+            seconds[rows] = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.loss(corpus.batch(np.arange(min(config.micro_batch, config.batch))))
+    return sum(seconds[rows] for rows in sizes)
+
+
+def open_corpus(config):
+    """The corpus of a configuration; pydocs is prepared when it is not there yet."""
+    named = Path(config.data)
+    folder = named if (named / "meta.json").exists() else corpus_folder(config.data, config.model, config.vocabulary)
+    if not (folder / "meta.json").exists():
+        command = [sys.executable, str(ROOT / "data" / "prepare.py"), config.data, f"--vocabulary={config.vocabulary}"]
+        if config.data != "pydocs":
+            hint = "" if config.data == "c4" else " --files=PATH"
+            raise UserError(f"--data={config.data}: not prepared; run: python data/prepare.py {config.data} --vocabulary={config.vocabulary}{hint}")
+        if is_main():
+            say("preparing pydocs, the documentation strings of what is installed (once, about a minute)")
+            if (status := subprocess.run(command).returncode) != 0:
+                raise UserError(f"preparing pydocs failed (exit status {status})")
+    if dist.is_initialized():
+        dist.barrier()
+    return Corpus(
+        folder, config.seed, config.device, config.row_length, config.holdout, config.train_on, config.validation_rows
+    )  # fmt: skip
+
+
+def print_plan(config, folder):
+    budget = f"{config.budget_steps} updates" if config.budget_steps else f"{config.budget_hours:g} hours of reference {config.reference}"
+    say(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
+    say(f"  recipe   batch {config.batch}, lr {config.lr:g}, {config.schedule}, betas ({config.beta1:g}, {config.beta2:g}), "
+        f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}")  # fmt: skip
+    if config.options:
+        say("  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items()))
+    say(f"  device   {rst.device_name(config.device)}, {processes()} process(es), {config.dtype}, micro-batch {config.micro_batch}"
+        + (", compiled" if config.compile else ""))  # fmt: skip
+    say(f"  folder   {shown(folder)}")
+
+
+def train(config, folder, resume=False):
+    """Runs a configuration to the end of its budget in `folder`; returns its result.
+
+    Raises SystemExit after SIGTERM or Ctrl-C, when all is saved.
+    """
+    combination = methods.find(config.method)
+    finished_models = {}
+    for name, prerequisite in combination.prerequisites(config).items():
+        finished_models[name] = models.load(finish(name, prerequisite) / "model.pt", config.device)
+
+    print_plan(config, folder)
+    started = time.perf_counter()
+    reference = rst.find_reference(config.reference)
+    budget_seconds = config.budget_hours and config.budget_hours * 3600
+    clock = rst.Clock(reference, config.model, config.device, budget_seconds, config.budget_steps, config.reprobe)
+    if budget_seconds:
+        refuse_long(config, budget_seconds / clock.factor, f"factor {clock.factor:.4g}")
+    corpus = open_corpus(config)
+    if corpus.vocabulary_size != config.vocabulary:
+        raise UserError(f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not {config.vocabulary}")
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, config.size, config.vocabulary).to(config.device)
+    model.autocast_dtype = DTYPES[config.dtype]
+    method = combination.start(model, corpus, clock, config, finished_models)
+    optimizer = method.optimizer()
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
+    clock.weights = list(model.parameters())
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
+    state = SimpleNamespace(wall_seconds=0.0, rows=0, skipped=0, validation_loss=None, log_bytes=0)
+    if resume:
+        load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
+    model.present_layers = method.evaluation_layers()
+    entropy = corpus.unigram_entropy()
+    say(f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; unigram entropy {entropy:.4f} nats")
+    update_seconds = warm_up(model, corpus, config, method.draws_per_update)
+    if config.budget_steps:
+        refuse_long(config, (config.budget_steps - clock.updates) * update_seconds, "from a warm-up step")
+
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume or not (folder / "config.json").exists():
+            write_json(folder / "config.json", dataclasses.asdict(config))
+        log = open(folder / "log.jsonl", "a" if resume else "w")
+        log.truncate(state.log_bytes)
+    bar = tqdm(total=1.0, initial=clock.progress, disable=None if is_main() else True, desc=config.method,
+               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
+
+    def write_log(record):
+        if is_main():
+            state.log_bytes += log.write(json.dumps(record) + "\n")
+            log.flush()
+
+    def save_checkpoint():
+        if is_main():
+            models.write_whole({
+                "config": identity(config), "corpus": corpus.meta["checksum"], "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "method": method.state_dict(),
+                "clock": clock.state_dict(), "stream": corpus.state_dict(),
+                "state": vars(state) | {"wall_seconds": state.wall_seconds + time.perf_counter() - started},
+            }, folder / "checkpoint.pt")  # fmt: skip
+
+    stop, checkpoint_due = StopSignal(), time.perf_counter() + 60 * config.checkpoint_minutes
+    try:
+        # ---------------------------------- the training loop ----------------------------------
+        while clock.progress < 1:
+            progress = clock.progress
+            rate = config.lr * SCHEDULES[config.schedule](progress)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # What the method decides: which layers train (growth happens here), and on which rows.
+            start = now(config.device)
+            layers = [method.active_layers(draw) for draw in range(method.draws_per_update)]
+            model.present_layers = method.evaluation_layers()
+            positions = method.next_batch()
+            method_seconds = -start + (start := now(config.device))
+
+            # Gradients of the mean over all predicted tokens: each row has as many, so a micro-batch
+            # weighs as much as its share of the update's rows.
+            loss = torch.zeros((), device=config.device)
+            for draw, rows in cut(positions, method.draws_per_update, config.micro_batch):
+                part = model.loss(corpus.batch(rows), layers=layers[draw]) * (len(rows) / len(positions))
+                scaler.scale(part).backward()
+                loss += part.detach()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            sum_over_processes([loss, *gradients])
+            scaler.unscale_(optimizer)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            loss = loss.item()  # waits for the device
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} in update {clock.updates + 1}, rows {positions[0]} to {positions[-1]}, lr {rate:.3g}; "
+                    f"lower --lr or --clip. What was saved last is in {shown(folder)}"
+                )
+            loop_seconds = -start + (start := now(config.device))
+
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step_seconds = -start + (start := now(config.device))
+            gradient_norm = gradient_norm.item()
+            skipped = scaler.is_enabled() and not math.isfinite(gradient_norm)  # an fp16 overflow: the scale was lowered
+            if not skipped:
+                method.after_step()
+            method_seconds += now(config.device) - start
+
+            # A method's own optimizer is one of its places, the baseline's is the loop's.
+            free_seconds = clock.take_free_seconds()
+            mine = (loop_seconds, step_seconds, method_seconds - free_seconds, free_seconds, stop.number)
+            loop_seconds, step_seconds, method_seconds, free_seconds, stop_signal = map(max, zip(*rst.gather(mine, config.device)))
+            if method.owns_optimizer:
+                method_seconds += step_seconds
+            else:
+                loop_seconds += step_seconds
+            row_layers = sum(len(group) * max(1, len(layers[draw])) for draw, group in enumerate(np.array_split(positions, len(layers))))
+            charge = clock.charge(loop_seconds, method_seconds, row_layers)
+            clock.free_seconds += free_seconds
+            state.rows += len(positions)
+            state.skipped += skipped
+            write_log({"update": clock.updates, "loss": loss, "lr": rate, "progress": progress, "gradient_norm": gradient_norm,
+                       "rows": len(positions), "row_layers": row_layers, **charge, "free_seconds": free_seconds,
+                       "spent_seconds": clock.spent_seconds, "factor": clock.factor, "skipped": skipped})  # fmt: skip
+            bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
+            bar.update(clock.progress - bar.n)
+
+            # What is not charged: validation, checkpoints, probing.
+            if int(clock.progress * config.validations) > int(progress * config.validations):
+                state.validation_loss = validate(model, corpus, config.micro_batch)
+                write_log({"update": clock.updates, "validation_loss": state.validation_loss, "progress": clock.progress,
+                           "lr": config.lr * SCHEDULES[config.schedule](clock.progress), "spent_seconds": clock.spent_seconds})  # fmt: skip
+                say(f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {state.validation_loss:.4f}")
+            if stop_signal or any_process(time.perf_counter() >= checkpoint_due, config.device):
+                save_checkpoint()
+                checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
+            if stop_signal and clock.progress < 1:
+                bar.close()
+                say(f"stopped after update {clock.updates}; go on with: python train.py --resume={shown(folder)}")
+                raise SystemExit(128 + int(stop_signal))
+            clock.probe_when_due()
+        # ---------------------------------------------------------------------------------------
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+            raise UserError(f"out of memory with --micro_batch={config.micro_batch}; a smaller one gives the same result") from None
+        raise
+    finally:
+        bar.close()
+        stop.restore()
+    save_checkpoint()
+    state.wall_seconds += time.perf_counter() - started
+    result = {
+        "command": " ".join(sys.argv), "commit": git_commit(), "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": rst.device_name(config.device), "threads": torch.get_num_threads(), "processes": processes(),
+        "config": dataclasses.asdict(config), "corpus": corpus.meta["checksum"],
+        "updates": clock.updates, "rows": state.rows, "skipped_updates": state.skipped,
+        "validation_loss": state.validation_loss, "unigram_entropy": entropy,
+        "reference": dataclasses.asdict(reference), "factor_history": clock.factor_history,
+        "charged_seconds": clock.spent_seconds, "free_seconds": clock.free_seconds, "cut_seconds": clock.cut_seconds,
+        "wall_seconds": state.wall_seconds,
+    }  # fmt: skip
+    if is_main():
+        models.save(model, folder / "model.pt")
+        log.close()
+        write_json(folder / "result.json", result)
+    say(f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, {state.rows:,} rows; "
+        f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})")  # fmt: skip
+    say(f"charged {clock.spent_seconds:.6g} s of {config.reference}, free {clock.free_seconds:.4g} s, wall {state.wall_seconds:.0f} s; in {shown(folder)}")
+    if clock.cut_seconds > 0.01 * clock.spent_seconds:
+        say(f"note: stalls of this machine were cut by {clock.cut_seconds:.4g} s, over 1% of what was charged")
+    return result
+
+
+def now(device):
+    rst.synchronise(device)
+    return time.perf_counter()
+
+
+def any_process(condition, device):
+    """Whether it holds on the first process, for all to agree."""
+    return bool(rst.gather([float(condition)], device)[0][0])
+
+
+def spent_text(clock):
+    if clock.budget_updates:
+        return f"update {clock.updates} of {clock.budget_updates}"
+    return f"{clock.spent_seconds / 3600:.4g} of {clock.budget_seconds / 3600:.4g} h spent"
+
+
+def refuse_long(config, seconds, how):
+    """Says how long the run will take here; over a week it wants --yes."""
+    hours = seconds / 3600
+    length = f"{seconds / 60:.1f} minutes" if hours < 2 else f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+    say(f"  time     about {length} here ({how}), plus validation")
+    if hours > WEEK_HOURS and not config.yes:
+        raise UserError(f"this plan takes about {hours / 24:.0f} days on this machine; add --yes to start it, or lower the budget or the size")
+
+
+def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state):
+    """Puts everything back as it was after the checkpoint's update."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return  # stopped before the first checkpoint: from the start
+    stored = models.read_whole(path, config.device)
+    theirs, ours = stored.get("config", {}), identity(config)
+    different = [name for name in ours if theirs.get(name) != ours[name]]
+    if different:
+        name = different[0]
+        raise UserError(f"{path} is of another configuration: its {name} is {theirs.get(name)}, that of config.json {ours[name]}")
+    if stored["corpus"] != corpus.meta["checksum"]:
+        raise UserError(f"{path} was trained on another preparation of {config.data}: {corpus.folder} has changed")
+    model.load_state_dict(stored["model"])
+    optimizer.load_state_dict(stored["optimizer"])
+    scaler.load_state_dict(stored["scaler"])
+    method.load_state_dict(stored["method"])
+    clock.load_state_dict(stored["clock"])
+    corpus.load_state_dict(stored["stream"])
+    vars(state).update(stored["state"])
+    log = folder / "log.jsonl"
+    if is_main() and (not log.exists() or log.stat().st_size < state.log_bytes):
+        raise UserError(f"{log} is shorter than at the checkpoint's update {clock.updates}; it was changed")
+    say(f"  resumed after update {clock.updates}")
+
+
+def finish(name, config):
+    """Reuses, resumes or makes the run that a method needs first; returns its folder."""
+    folder = ROOT / "runs" / plan_name(config)
+    exists = (folder / "config.json").exists()
+    if exists and identity(config_of(folder)) != identity(config):
+        raise UserError(f"{shown(folder)} should be the {name} of this run but has another configuration; move it away")
+    if (folder / "result.json").exists():
+        say(f"{name}: reusing {shown(folder)}")
+    else:
+        say(f"{name}: {'resuming' if exists else 'training'} {shown(folder)} first")
+        train(config, folder, resume=exists)
+    return folder
+
+
+def start_processes(config):
+    """Joins the processes of torchrun, one device each; returns the configuration of this one."""
+    if "LOCAL_RANK" in os.environ:
+        if config.device.startswith("cuda"):
+            config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(config.device)
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
+    keep_freed_memory()
+    return config
+
+
+@exits_on_user_error
+def main(arguments=None):
+    typed, resumed = parse(sys.argv[1:] if arguments is None else arguments)
+    if resumed:
+        folder = Path(resumed)
+        config = start_processes(config_of(folder, typed))
+        if (folder / "result.json").exists():
+            raise UserError(f"--resume={folder}: this run is finished")
+    else:
+        config = start_processes(resolve(typed))
+        folder = new_folder(config)
+    try:
+        return train(config, folder, resume=bool(resumed))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
