@@ -1,0 +1,868 @@
+"""The tests: every part against an independent reference or an invariant. Fixed seeds, kills at fixed
+points, nothing that depends on the machine's speed."""
+
+import collections
+import dataclasses
+import gzip
+import http.server
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import methods
+import model as models
+import rst
+import train
+from data import prepare
+from data.corpus import HOLDOUT_KEY, MASK, SECOND, Corpus, hash_of, permute
+from errors import UserError
+from methods.baseline import Method, one_cycle, parameter_groups
+
+ROOT = Path(__file__).resolve().parent
+torch.set_num_threads(2)
+
+
+def words_text(seed, count):
+    """`count` words of a small invented language: enough to learn something from."""
+    generator = random.Random(seed)
+    vocabulary = ["".join(generator.choices("abcdefghij", k=generator.randint(2, 6))) for _ in range(200)]
+    return " ".join(generator.choices(vocabulary, [1 / rank for rank in range(1, 201)], k=count))
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """400 documents of 60 to 300 words, prepared with a vocabulary of 512."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [json.dumps({"text": words_text(seed, 60 + 240 * (seed % 7) // 6)}) for seed in range(400)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    return prepare.prepare("invented", folder / "text.jsonl", 512, folder=folder / "bert-512")
+
+
+def small_run(corpus_folder, out, *flags):
+    """The flags of a run that takes a second."""
+    return [f"--data={corpus_folder}", "--vocabulary=512", f"--out={out}", "--size=tiny", "--row_length=32", "--batch=6", "--device=cpu",
+            "--validation_rows=20", "--threads=2", *flags]  # fmt: skip
+
+
+def log_of(folder):
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [r for r in records if "loss" in r], [r for r in records if "validation_loss" in r]
+
+
+def weights_of(folder):
+    return torch.load(Path(folder) / "model.pt", weights_only=True)["weights"]
+
+
+def assert_same_weights(one, other):
+    one, other = weights_of(one), weights_of(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def command(*arguments, project=ROOT, **options):
+    """Runs one of the project's commands in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=project, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project, for tests that add a method file to it."""
+    copy = tmp_path / "project"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "bert-*"))
+    return copy
+
+
+# -- Data -------------------------------------------------------------------------------------------------
+
+
+def slow_bpe(word_counts, size):
+    """BPE training by its definition: count all pairs anew before every merge."""
+    vocabulary = [bytes([byte]) for byte in range(256)]
+    words = {word: [bytes([byte]) for byte in word.encode()] for word in word_counts}
+    rank = {token: index for index, token in enumerate(vocabulary)}
+    while len(vocabulary) < size:
+        pairs = collections.Counter()
+        for word, pieces in words.items():
+            for pair in itertools.pairwise(pieces):
+                pairs[pair] += word_counts[word]
+        pairs = {pair: count for pair, count in pairs.items() if count}
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], rank[pair[0]], rank[pair[1]]))
+        rank[best[0] + best[1]] = len(vocabulary)
+        vocabulary.append(best[0] + best[1])
+        for word, pieces in words.items():
+            index, merged = 0, []
+            while index < len(pieces):
+                step = 2 if tuple(pieces[index : index + 2]) == best else 1
+                merged.append(b"".join(pieces[index : index + step]))
+                index += step
+            words[word] = merged
+    return vocabulary
+
+
+def test_bpe_training_equals_its_definition():
+    counts = dict(collections.Counter(words_text(1, 3000).split()) | {"aaaaaaa": 50, "ababab": 31, "é": 3})
+    assert prepare.train_bpe(counts, 400) == slow_bpe(counts, 400)
+
+
+@pytest.mark.parametrize("uncased", [True, False])
+def test_tokenizer_gives_the_normalised_text_back(corpus_folder, uncased):
+    tokenizer = prepare.Tokenizer(prepare.Tokenizer.load(corpus_folder / "tokenizer.json").vocabulary, uncased)
+    texts = ["Plain text.", "  two  spaces \n\n and\tlines ", "Éléphant naïve Ångström", "[MASK] [SEP] <|x|>", "``quoted'' 'words'",
+             "日本語 🙂 \u200d", "x" * 10_000, "\ud800 lone", "", "a_b 12345 ---- //", "İSTANBUL ß ﬁ"]  # fmt: skip
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == prepare.normalise(text, uncased)
+        assert all(token >= len(prepare.SPECIAL_TOKENS) for token in tokens)
+    assert tokenizer.size == 512
+    assert prepare.normalise("  Ça  ``va'' ", True) == 'ca "va"'
+
+
+def test_all_file_kinds_hold_the_same_documents(tmp_path):
+    texts = [words_text(seed, 50) for seed in range(30)]
+    contents = {"a.txt": "\n\n".join(texts) + "\n", "b.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts)}
+    contents["c.json"] = contents["b.jsonl"]
+    found = {}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+            file.write(content)
+    for path in prepare.local_files(str(tmp_path)):
+        found[path.name] = [text.strip() for block in prepare.file_blocks(path) for text in prepare.documents(block)]
+    assert len(found) == 6 and all(documents == texts for documents in found.values())
+    assert prepare.local_files(str(tmp_path / "*.gz")) == sorted(tmp_path.glob("*.gz"))
+
+
+def test_blocks_are_small_and_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 1000)
+    texts = [words_text(seed, 40) for seed in range(100)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    blocks = list(prepare.file_blocks(tmp_path / "a.txt"))
+    assert len(blocks) > 5 and max(sum(map(len, lines)) for *_, lines in blocks) < 4000
+    assert [text.strip() for block in blocks for text in prepare.documents(block)] == texts
+
+
+def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
+    again = prepare.prepare("invented", corpus_folder.parent / "text.jsonl", 512, folder=tmp_path / "again")
+    for name in ("train.bin", "val.bin", "tokenizer.json"):
+        assert (again / name).read_bytes() == (corpus_folder / name).read_bytes()
+    tokenizer = prepare.Tokenizer.load(corpus_folder / "tokenizer.json")
+    stored = []
+    for part in ("train", "val"):
+        tokens = np.fromfile(corpus_folder / f"{part}.bin", np.uint16)
+        ends = np.flatnonzero(tokens == prepare.SEPARATOR)
+        stored += [tokenizer.decode(document.tolist()[: -1 if part else None]) for document in np.split(tokens, ends + 1) if len(document)]
+    texts = [json.loads(line)["text"] for line in (corpus_folder.parent / "text.jsonl").read_text().splitlines()]
+    assert sorted(stored) == sorted(texts)
+    assert 0 < len(np.fromfile(corpus_folder / "val.bin", np.uint16)) < 0.06 * len(np.fromfile(corpus_folder / "train.bin", np.uint16))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"other": 1}\n', "line 2: expected a JSON object"),
+        ("a.jsonl", b'{"text": "fine"}\n[1]\n', "line 2: expected a JSON object"),
+        ("a.json", b'{"text": 3}\n', "line 1: expected"),
+        ("a.txt", b"", "no text"),
+        ("a.txt.gz", gzip.compress(bytes(random.Random(0).choices(b"abc ", k=100_000)))[:9000], "cut short or damaged"),
+        ("a.txt.gz", b"not gzip at all", "not gzip"),
+        ("a.pdf", b"x", "unknown kind"),
+        ("a.txt", None, "no file found"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named(tmp_path, name, content, message, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare("bad", tmp_path / name, 300, folder=tmp_path / "out")
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+class BrokenServer(http.server.SimpleHTTPRequestHandler):
+    """Serves files with byte ranges, and breaks every first answer off in its middle."""
+
+    broken = set()
+
+    def do_GET(self):
+        path = Path(self.directory) / self.path.lstrip("/")
+        if not path.exists():
+            return self.send_error(404)
+        content = path.read_bytes()
+        first = int(self.headers["Range"][6:-1]) if self.headers["Range"] else 0
+        self.server.requests.append((self.path, first))
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
+        end = len(content)
+        if self.path not in self.broken:
+            self.broken.add(self.path)
+            end = first + (end - first) // 2
+        self.wfile.write(content[first:end])
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_c4_download_goes_on_after_a_break(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    served = tmp_path / "served"
+    served.mkdir()
+    for shard in range(2):
+        with gzip.open(served / f"c4-train.{shard:05d}-of-01024.json.gz", "wt") as file:
+            for seed in range(200):
+                file.write(json.dumps({"text": words_text(1000 * shard + seed, 50), "url": "x"}) + "\n")
+    handler = type("Handler", (BrokenServer,), {"broken": set()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=served))
+    server.requests = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        folder = prepare.prepare("c4", None, 300, shards=2, base_url=url, folder=tmp_path / "c4" / "bert-300")
+        starts = [first for _, first in server.requests]
+        assert len(starts) == 4 and starts[0] == starts[2] == 0 and starts[1] > 0 and starts[3] > 0
+        for path in served.iterdir():
+            assert (folder.parent / "downloads" / path.name).read_bytes() == path.read_bytes()
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["train"]["documents"] + meta["val"]["documents"] == 400
+        with pytest.raises(UserError, match="404"):
+            prepare.download(f"{url}/none.gz", tmp_path / "none.gz")
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 1000, 4096, 5000])
+def test_permute_is_a_permutation(size):
+    images = permute(np.arange(size), size, 7)
+    assert sorted(images.tolist()) == list(range(size))
+    if size >= 1000:
+        assert abs(np.corrcoef(np.arange(size), images)[0, 1]) < 0.1
+        assert (permute(np.arange(size), size, 8) != images).mean() > 0.9
+        assert permute(np.array([size // 2]), size, 7)[0] == images[size // 2]
+
+
+def test_hash_is_the_same_in_python_numpy_and_torch():
+    numbers = [0, 1, 12345, 2**31, 2**32 - 1, 2**40 + 3]
+    expected = [hash_of(9, number, 4) for number in numbers]
+    assert hash_of(9, np.array(numbers), 4).tolist() == expected
+    assert hash_of(9, torch.tensor(numbers), 4).tolist() == expected
+    shares = np.histogram(hash_of(np.arange(100_000), 5), bins=16, range=(0, 2**32))[0] / 100_000
+    assert abs(shares - 1 / 16).max() < 0.004
+
+
+def test_the_three_parts_are_disjoint_and_fixed(corpus_folder):
+    parts = {}
+    for seed, train_on in itertools.product((0, 1), ("training", "holdout")):
+        corpus = Corpus(corpus_folder, seed, train_on=train_on)
+        for stream in (0, SECOND):
+            rows = corpus.row_indices(np.arange(corpus.rows), stream)
+            assert len(set(rows.tolist())) == corpus.rows  # an epoch is every row once
+            assert set(rows.tolist()) == parts.setdefault(train_on, set(rows.tolist()))
+        assert set(corpus.row_indices(np.arange(corpus.rows, 2 * corpus.rows)).tolist()) == parts[train_on]
+    assert not parts["training"] & parts["holdout"]
+    assert parts["training"] | parts["holdout"] == set(range(corpus.all_rows))
+    assert len(parts["holdout"]) == int(0.2 * corpus.all_rows)
+    assert Corpus(corpus_folder, holdout=0.0).rows == corpus.all_rows
+
+
+def test_a_batch_is_a_pure_function_of_its_positions(corpus_folder):
+    corpus = Corpus(corpus_folder, seed=3)
+    whole = corpus.batch(np.arange(50, 90))
+    corpus.draw(7)
+    for first, last in ((50, 51), (51, 83), (83, 90)):
+        part = corpus.batch(np.arange(first, last))
+        for name in whole:
+            assert torch.equal(whole[name][first - 50 : last - 50], part[name])
+    assert not torch.equal(Corpus(corpus_folder, seed=4).batch(np.arange(50, 90))["tokens"], whole["tokens"])
+    assert not torch.equal(corpus.batch(np.arange(50, 90), SECOND)["tokens"], whole["tokens"])
+    one, other = (list(Corpus(corpus_folder, seed, validation_rows=20).validation_batches(8)) for seed in (1, 2))
+    assert [len(batch["labels"]) for batch in one] == [8, 8, len(one[-1]["labels"])]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(one, other) for name in a)
+
+
+def test_corruption_counts_and_shares(corpus_folder):
+    corpus = Corpus(corpus_folder)
+    positions = np.arange(4 * corpus.rows)
+    batch = corpus.batch(positions)
+    raw = torch.from_numpy(corpus.train_tokens[: corpus.all_rows * 128].reshape(-1, 128)[corpus.row_indices(positions)].astype(np.int64))
+    assert batch["positions"].shape == (len(positions), 19)
+    assert (batch["positions"].diff(dim=1) > 0).all()  # 19 different columns
+    assert torch.equal(batch["labels"], raw.gather(1, batch["positions"]))
+    assert not (batch["labels"] == prepare.SEPARATOR).any()
+    unchosen = torch.ones_like(raw, dtype=torch.bool).scatter(1, batch["positions"], False)
+    assert torch.equal(batch["tokens"][unchosen], raw[unchosen])
+    seen, count = batch["tokens"].gather(1, batch["positions"]), batch["labels"].numel()
+    masked, kept = (seen == MASK).float().mean().item(), (seen == batch["labels"]).float().mean().item()
+    margin = 4 / math.sqrt(count)  # eight standard deviations of a share are below this
+    assert abs(masked - 0.8) < margin and abs(kept - 0.1) < margin
+    chosen_per_column = torch.zeros(128).scatter_add(0, batch["positions"].flatten(), torch.ones(count)) / len(positions)
+    assert abs(chosen_per_column - 19 / 128).max() < 5 * math.sqrt(0.15 / len(positions)) + 0.01
+
+
+def test_unigram_entropy(corpus_folder):
+    corpus = Corpus(corpus_folder, validation_rows=5)
+    counts = collections.Counter(token for token in corpus.val_tokens[: 5 * 128].tolist() if token != prepare.SEPARATOR)
+    total = sum(counts.values())
+    assert corpus.unigram_entropy() == pytest.approx(-sum(n / total * math.log(n / total) for n in counts.values()))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: os.truncate(folder / "train.bin", 1000), "train.bin has 1,000 bytes"),
+        (lambda folder: (folder / "train.bin").write_bytes(b"\1" * (folder / "train.bin").stat().st_size), "checksum"),
+        (lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("bert", "t5")), "was changed"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "meta.json").unlink(), "no corpus here"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or not"),
+    ],
+)
+def test_a_damaged_corpus_is_refused(corpus_folder, tmp_path, damage, message):
+    copy = shutil.copytree(corpus_folder, tmp_path / "copy")
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        Corpus(copy)
+
+
+# -- Model ------------------------------------------------------------------------------------------------
+
+
+def test_base_has_the_studys_parameters_and_initial_values():
+    torch.manual_seed(0)
+    model = models.build("bert", "base", 32768)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 120_179_713
+    assert sum(parameter.numel() for parameter in model.layers.parameters()) == 16 * 5_901_312
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.01), name
+            assert abs(parameter.mean().item()) < 1e-4, name
+        elif name == "position_scale":
+            assert parameter.item() == pytest.approx(768**-0.5)
+        else:
+            assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
+
+
+class ReferenceLayer(nn.Module):
+    """A crammed-BERT layer from torch.nn's own modules."""
+
+    def __init__(self, width, heads, d_ff):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+        self.attention = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
+        self.w_in, self.w_out = nn.Linear(width, d_ff, bias=False), nn.Linear(d_ff // 2, width, bias=False)
+
+    def forward(self, h):
+        x = self.norm1(h)
+        h = h + self.attention(x, x, x, need_weights=True)[0]  # with weights: the plain softmax path
+        linear, gate = self.w_in(self.norm2(h)).tensor_split(2, dim=-1)
+        return h + self.w_out(linear * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))))
+
+
+def test_model_equals_one_built_from_reference_modules():
+    torch.manual_seed(0)
+    config = models.BERTConfig(vocabulary_size=100, n_layers=3, d_model=24, n_heads=3, d_ff=96, max_length=16)
+    model = models.BERT(config).double()
+    with torch.no_grad():  # far from the initial values, so that every path matters
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    embedding = nn.Embedding(100, 24, padding_idx=0).double()
+    norm, final = nn.LayerNorm(24, eps=1e-12).double(), nn.LayerNorm(24, eps=1e-12).double()
+    layers = nn.ModuleList(ReferenceLayer(24, 3, 96) for _ in range(3)).double()
+    head, scale = nn.Linear(24, 24, bias=False).double(), nn.Parameter(model.position_scale.detach().clone())
+    pairs = [(model.embedding, embedding.weight), (model.head.weight, head.weight), (model.position_scale, scale)]
+    pairs += [(getattr(a, x), getattr(b, x)) for a, b in ((model.embedding_norm, norm), (model.final_norm, final)) for x in ("weight", "bias")]
+    for ours, theirs in zip(model.layers, layers):
+        for x in ("weight", "bias"):
+            pairs += [(getattr(ours.attention_norm, x), getattr(theirs.norm1, x)), (getattr(ours.feed_forward_norm, x), getattr(theirs.norm2, x))]
+        pairs += [(ours.attention.qkv.weight, theirs.attention.in_proj_weight), (ours.attention.output.weight, theirs.attention.out_proj.weight),
+                  (ours.feed_forward.input.weight, theirs.w_in.weight), (ours.feed_forward.output.weight, theirs.w_out.weight)]  # fmt: skip
+    assert {id(ours) for ours, _ in pairs} == {id(parameter) for parameter in model.parameters()}
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(ours)
+    tokens = torch.randint(0, 100, (5, 16))
+    tokens[0, 0] = 0
+    positions = torch.rand(5, 16).argsort(1)[:, :4]
+    labels = torch.randint(0, 100, (5, 4))
+
+    table = torch.zeros(16, 24, dtype=torch.float64)
+    for position, k in itertools.product(range(16), range(12)):
+        angle = position * 10000 ** (-2 * k / 24)
+        table[position, 2 * k], table[position, 2 * k + 1] = math.sin(angle), math.cos(angle)
+    torch.testing.assert_close(model.position_table, table, rtol=0, atol=3e-6)
+    h = norm(embedding(tokens) + scale * model.position_table)
+    for layer in layers:
+        h = layer(h)
+    all_logits = head(final(h)) @ embedding.weight.T
+    logits = torch.stack([all_logits[row, positions[row]] for row in range(5)])
+    losses = -logits.log_softmax(-1).gather(2, labels[:, :, None])[:, :, 0]
+    losses.mean().backward()
+
+    batch = {"tokens": tokens, "positions": positions, "labels": labels}
+    torch.testing.assert_close(model.logits(batch), logits)
+    torch.testing.assert_close(model.loss(batch, per_example=True).double(), losses.mean(1), rtol=1e-5, atol=1e-5)
+    model.loss(batch).backward()
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_are_those_asked_for():
+    torch.manual_seed(0)
+    model = models.build("bert", "tiny", 300)
+    batch = {"tokens": torch.randint(0, 300, (2, 16)), "positions": torch.tensor([[1, 2]] * 2), "labels": torch.tensor([[5, 6]] * 2)}
+    expected = model.final_norm(model.layers[2](model.layers[0](model.encode_input(batch["tokens"]))))
+    assert torch.equal(model.encode(batch["tokens"], [0, 2]), expected)
+    none = model.logits(batch, [])
+    assert torch.equal(model.encode(batch["tokens"], []), model.final_norm(model.encode_input(batch["tokens"])))
+    assert not torch.equal(none, model.logits(batch))
+    model.loss(batch, [0, 2]).backward()
+    assert all((parameter.grad is None) == (name.split(".")[1] in "13") for name, parameter in model.layers.named_parameters(prefix="layers"))
+    model.present_layers = [0, 1]
+    assert torch.equal(model.logits(batch), model.logits(batch, [0, 1]))
+
+
+def test_save_and_load(tmp_path):
+    model = models.build("bert", "tiny", 300)
+    model.present_layers = [0, 1]
+    models.save(model, tmp_path / "model.pt")
+    loaded = models.load(tmp_path / "model.pt")
+    tokens = torch.randint(0, 300, (2, 16))
+    assert torch.equal(loaded.encode(tokens), model.encode(tokens))
+    (tmp_path / "short.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cut short"):
+        models.load(tmp_path / "short.pt")
+
+
+def test_dropout_only_when_fine_tuning(tmp_path):
+    models.save(models.build("bert", "tiny", 300), tmp_path / "model.pt")
+    model, tokens = models.load(tmp_path / "model.pt", dropout=0.1), torch.randint(0, 300, (2, 16))
+    assert torch.equal(model.encode(tokens), model.encode(tokens))
+    model.train()
+    assert not torch.equal(model.encode(tokens), model.encode(tokens))
+    model = models.load(tmp_path / "model.pt").train()
+    assert torch.equal(model.encode(tokens), model.encode(tokens))
+
+
+# -- Reference system time -------------------------------------------------------------------------------
+
+
+def test_references_are_the_fit_to_the_recorded_times():
+    slope, intercept = rst.fit_line(rst.RTX3090_BERT, leave_out=[7])
+    assert (round(1000 * slope, 2), round(1000 * intercept, 1)) == (13.34, 11.9)
+    least_squares = np.polyfit([n for n in range(1, 17) if n != 7], [s for n, s in enumerate(rst.RTX3090_BERT, 1) if n != 7], 1)
+    assert (slope, intercept) == pytest.approx(least_squares)
+    assert rst.REFERENCES["a100"].probe_seconds["t5"] == pytest.approx((1.031 - 0.129) / 11 / 2, rel=0.005)
+
+
+def test_reference_files(tmp_path):
+    rst.main([f"--save={tmp_path}/mine.json", "--repeats=1", "--threads=2", "--device=cpu"])
+    reference = rst.find_reference(str(tmp_path / "mine.json"))
+    assert set(reference.probe_seconds) == {"bert", "t5"} and min(reference.probe_seconds.values()) > 0
+    for content in ("{}", "nothing", '{"name": "x", "probe_seconds": {"bert": 0}, "provenance": ""}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match="bad.json"):
+            rst.find_reference(str(tmp_path / "bad.json"))
+    with pytest.raises(UserError, match="rtx4090"):
+        rst.find_reference("rtx4090")
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_probe_has_no_denormal_values(name):
+    probe = rst.Probe(name, "cpu", torch.float32)
+    assert probe.seconds() > 0
+    x = torch.randn(1, 16, 768)
+    if name == "bert":  # the frozen copy is a layer of the model's kind
+        layer = models.BERTLayer(models.BERTConfig())
+        weights = [layer.attention.qkv.weight, layer.attention.output.weight, layer.feed_forward.input.weight, layer.feed_forward.output.weight]
+        torch.testing.assert_close(rst.bert_layer(x, weights), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def clock_of(**options):
+    return rst.Clock(rst.REFERENCES["this"], "bert", "cpu", **options)
+
+
+def test_clock_charges_depth_and_cuts_stalls_only():
+    clock = clock_of(budget_seconds=1000.0)
+    for _ in range(20):
+        charge = clock.charge(1.0, 0.1, row_layers=40)
+        assert charge["charged_seconds"] == pytest.approx(1.1) and charge["cut_seconds"] == 0
+    assert clock.charge(2.0, 0.1, row_layers=80)["charged_seconds"] == pytest.approx(2.1)  # a model that grew
+    assert clock.charge(100.0, 0.1, row_layers=4000)["charged_seconds"] == pytest.approx(100.1)  # 100 updates' rows in one
+    assert clock.charge(1.0, 100.0, row_layers=40)["charged_seconds"] == pytest.approx(101.0)  # a method's work
+    stall = clock.charge(50.0, 0.1, row_layers=40)
+    assert stall["charged_seconds"] == pytest.approx(3.1) and stall["cut_seconds"] == pytest.approx(47.0)
+    assert clock.spent_seconds == pytest.approx(20 * 1.1 + 2.1 + 100.1 + 101.0 + 3.1)
+    assert clock.cut_seconds == pytest.approx(47.0)
+    assert clock.progress == pytest.approx(clock.spent_seconds / 1000)
+
+
+def test_clock_uses_the_mean_of_the_last_probes():
+    clock = clock_of(budget_seconds=1.0)
+    clock.reference = rst.REFERENCES["rtx3090"]
+    clock.probe = rst.SimpleProbe("bert", iter([1.0, 3.0] + [0.5] * rst.KEPT_PROBES))
+    for expected in (1.0, 2.0):
+        clock.measure()
+        assert clock.factor == pytest.approx(clock.reference.probe_seconds["bert"] / expected)
+    for _ in range(rst.KEPT_PROBES):
+        clock.measure()
+    assert clock.factor == pytest.approx(clock.reference.probe_seconds["bert"] / 0.5)
+    assert len(clock.factor_history) == rst.KEPT_PROBES + 2
+
+
+def test_free_work_is_not_charged_and_may_not_train():
+    clock = clock_of(budget_seconds=1.0)
+    weight = nn.Parameter(torch.ones(4))
+    clock.weights = [weight]
+    with clock.free():
+        pass
+    assert clock.take_free_seconds() > 0 and clock.take_free_seconds() == 0
+    for change in (lambda: weight.data.mul_(2), lambda: weight.data[:2].copy_(weight.data[:2] + 1)):
+        with pytest.raises(RuntimeError, match="free"), clock.free():
+            change()
+
+
+# -- Methods ----------------------------------------------------------------------------------------------
+
+
+def test_schedule_and_parameter_groups():
+    assert [one_cycle(f) for f in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 0.5, 0.0]
+    model = models.build("bert", "tiny", 300)
+    decay, no_decay = parameter_groups(model, 0.1)
+    assert sorted(map(id, decay["params"] + no_decay["params"])) == sorted(map(id, model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(p)] or names[id(p)] == "position_scale" for p in no_decay["params"])
+    assert not any("norm" in names[id(p)] for p in decay["params"]) and no_decay["weight_decay"] == 0.0
+
+
+METHOD_FILES = {
+    "wide": """
+        class Wide(Method):
+            options = {"factor": Option(2, "how much wider")}
+            defaults = {"bert": {"base": dict(lr=0.5, weight_decay=0.3)}}
+            def next_batch(self):
+                return self.corpus.draw(self.config.batch * self.config.options["factor"])
+        """,
+    "plain_sgd": """
+        class PlainSGD(Method):
+            defaults = {"bert": {"base": dict(lr=0.25)}}
+            def optimizer(self):
+                return torch.optim.SGD(self.model.parameters(), lr=self.config.lr)
+        """,
+    "narrow": """
+        class Narrow(Method):
+            def next_batch(self):
+                return self.corpus.draw(1)
+        """,
+    "grow": """
+        class Grow(Method):
+            grown = False
+            def active_layers(self, draw):
+                self.grown = self.clock.progress >= 0.5
+                return self.evaluation_layers()
+            def evaluation_layers(self):
+                return [0, 1, 2, 3] if self.grown else [0, 1]
+        """,
+    "kill": """
+        import os, signal
+        class Kill(Method):
+            options = {"kill_at": Option("", "updates after which to die, once each"), "signal_number": Option(9, "how")}
+            def after_step(self):
+                marker = f"killed-{self.clock.updates}"
+                if str(self.clock.updates) in self.config.options["kill_at"].split(",") and not os.path.exists(marker):
+                    open(marker, "w").close()
+                    os.kill(os.getpid(), self.config.options["signal_number"])
+        """,
+    "teacher": """
+        import dataclasses
+        class Teacher(Method):
+            @classmethod
+            def prerequisites(cls, config):
+                return {"teacher": dataclasses.replace(config, method="baseline", train_on="holdout", options={}, budget_steps=2, out=None)}
+            def after_step(self):
+                teacher = self.finished_models["teacher"]
+                assert not teacher.training and teacher is not self.model
+                with self.clock.free(), torch.no_grad():
+                    teacher.loss(self.corpus.batch(self.corpus.draw(2, 1), 1))
+        """,
+    "burst": """
+        import time
+        class Burst(Method):
+            def after_step(self):
+                if self.clock.updates == 8:
+                    time.sleep(2)
+        """,
+}
+
+
+def add_methods(project, *names):
+    for name in names:
+        source = "import torch\nfrom methods.baseline import Method, Option\n" + textwrap.dedent(METHOD_FILES[name])
+        (project / "methods" / f"{name}.py").write_text(source)
+
+
+def test_methods_are_found_by_file_and_combined(project):
+    add_methods(project, "wide", "plain_sgd", "narrow")
+    script = textwrap.dedent("""
+        import methods, train
+        assert methods.names() == ["baseline", "narrow", "plain_sgd", "wide"]
+        both = methods.find("plain_sgd+wide")
+        assert both.owner == dict(optimizer="plain_sgd", active_layers=None, evaluation_layers=None, next_batch="wide")
+        assert both.defaults("bert", "base")["lr"] == 0.25  # the optimizer's wins
+        assert both.defaults("bert", "base")["weight_decay"] == 0.3
+        typed, _ = train.parse(["--method=wide", "--factor=3", "--lr", "7", "--device=cpu"])
+        config = train.resolve(typed)
+        assert config.options == {"factor": 3} and config.lr == 7.0 and config.weight_decay == 0.3
+        """)
+    result = command("-c", script, project=project)
+    assert result.returncode == 0, result.stderr
+    for flags, message in (
+        (["--method=wide+narrow"], "wide and narrow both choose the rows"),
+        (["--method=wide+wide"], "twice"),
+        (["--method=none"], "no method 'none'; there are baseline, narrow"),
+        (["--method=wide", "--factor=x"], "--factor"),
+        (["--factor=3"], "unknown flag --factor"),
+    ):
+        result = command("train.py", *flags, project=project)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+# -- Training ---------------------------------------------------------------------------------------------
+
+
+def test_budget_in_hours(corpus_folder, tmp_path):
+    train.main(small_run(corpus_folder, tmp_path / "run", "--budget_hours=0.0005", "--validations=2"))
+    updates, validations = log_of(tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert updates[-1]["spent_seconds"] >= 1.8 and (len(updates) < 2 or updates[-2]["spent_seconds"] < 1.8)
+    spent = 0.0
+    for number, record in enumerate(updates, 1):
+        spent += record["charged_seconds"]
+        assert record["update"] == number and record["spent_seconds"] == spent
+        assert record["charged_seconds"] == pytest.approx(record["loop_seconds"] + record["method_seconds"])
+        assert record["lr"] == result["config"]["lr"] * one_cycle(record["progress"])
+        assert record["factor"] == 1.0
+    assert result["charged_seconds"] == spent and result["updates"] == len(updates)
+    assert validations[-1]["lr"] == 0.0 and validations[-1]["progress"] == 1.0
+    assert validations[-1]["validation_loss"] == result["validation_loss"]
+    assert result["charged_seconds"] < result["wall_seconds"]
+
+
+def test_it_learns(corpus_folder, tmp_path):
+    result = train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=60", "--validations=1", "--batch=16", "--holdout=0"))
+    assert result["validation_loss"] < math.log(512) - 1
+
+
+def test_result_does_not_depend_on_the_micro_batch(corpus_folder, tmp_path):
+    losses = {}
+    for micro_batch in (1, 4, 6):
+        train.main(small_run(corpus_folder, tmp_path / str(micro_batch), "--budget_steps=20", f"--micro_batch={micro_batch}", "--validations=1"))
+        losses[micro_batch] = [record["loss"] for record in log_of(tmp_path / str(micro_batch))[0]]
+    assert losses[1] == pytest.approx(losses[6], rel=1e-5) and losses[4] == pytest.approx(losses[6], rel=1e-5)
+
+
+def test_two_processes_equal_one(corpus_folder, tmp_path):
+    train.main(small_run(corpus_folder, tmp_path / "one", "--budget_steps=20", "--validations=2"))
+    result = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+                     *small_run(corpus_folder, tmp_path / "two", "--budget_steps=20", "--validations=2", "--threads=1"))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [r["loss"] for r in two[0]] == pytest.approx([r["loss"] for r in one[0]], rel=1e-5)
+    assert [r["validation_loss"] for r in two[1]] == pytest.approx([r["validation_loss"] for r in one[1]], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision_is_near_fp32(corpus_folder, tmp_path, dtype):
+    losses = {}
+    for name in ("fp32", dtype):
+        train.main(small_run(corpus_folder, tmp_path / name, "--budget_steps=4", f"--dtype={name}", "--validations=1"))
+        losses[name] = [record["loss"] for record in log_of(tmp_path / name)[0]]
+        assert not any(record["skipped"] for record in log_of(tmp_path / name)[0])
+    assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.01) and losses[dtype] != losses["fp32"]
+
+
+def test_an_overflow_in_fp16_skips_the_update(corpus_folder, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**30, enabled=enabled))
+    result = train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=3", "--dtype=fp16", "--validations=1"))
+    assert [record["skipped"] for record in log_of(tmp_path / "run")[0]] == [True] * 3 and result["skipped_updates"] == 3
+    torch.manual_seed(0)
+    fresh = models.build("bert", "tiny", 512).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in weights_of(tmp_path / "run").items())
+
+
+def test_growing_and_unused_layers(project, corpus_folder, tmp_path):
+    add_methods(project, "grow")
+    result = command("train.py", *small_run(corpus_folder, tmp_path / "run", "--method=grow", "--budget_steps=8", "--weight_decay=0.5"), project=project)
+    assert result.returncode == 0, result.stderr
+    updates, validations = log_of(tmp_path / "run")
+    assert [record["row_layers"] // 6 for record in updates] == [2] * 4 + [4] * 4
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {4, 8}  # new layers have step counts of their own
+    assert models.load(tmp_path / "run" / "model.pt").present_layers == [0, 1, 2, 3]
+
+
+def test_a_prerequisite_is_trained_once_and_reused(project, corpus_folder, tmp_path):
+    add_methods(project, "teacher")
+    for seed, expected in ((0, "training"), (0, "reusing")):
+        flags = small_run(corpus_folder, tmp_path / expected, "--method=teacher", "--budget_steps=3", "--validations=1")
+        result = command("train.py", *flags, project=project)
+        assert result.returncode == 0 and f"teacher: {expected} runs" in result.stdout, result.stdout + result.stderr
+    stored = json.loads((tmp_path / "reusing" / "result.json").read_text())
+    assert 0 < stored["free_seconds"] and stored["charged_seconds"] > 0
+
+
+def test_a_methods_work_is_charged_in_full(project, corpus_folder, tmp_path):
+    add_methods(project, "burst")
+    result = command("train.py", *small_run(corpus_folder, tmp_path / "run", "--method=burst", "--budget_steps=12"), project=project)
+    assert result.returncode == 0, result.stderr
+    updates, _ = log_of(tmp_path / "run")
+    assert updates[8]["method_seconds"] >= 2 and updates[8]["charged_seconds"] >= 2
+
+
+def test_killed_and_resumed_equals_uninterrupted(project, corpus_folder, tmp_path):
+    add_methods(project, "kill")
+    flags = ["--method=kill", "--budget_steps=12", "--validations=3", "--checkpoint_minutes=0.00001"]
+    plain = command("train.py", *small_run(corpus_folder, tmp_path / "plain", *flags), project=project)
+    assert plain.returncode == 0, plain.stderr
+    result = command("train.py", *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=1,5,11"), project=project)
+    for _ in range(2):
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        result = command("train.py", f"--resume={tmp_path / 'killed'}", project=project)
+    assert result.returncode == -signal.SIGKILL
+    result = command("train.py", f"--resume={tmp_path / 'killed'}", "--checkpoint_minutes=10", project=project)
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(tmp_path / "plain", tmp_path / "killed")
+    one, other = log_of(tmp_path / "plain"), log_of(tmp_path / "killed")
+    assert [r["update"] for r in other[0]] == list(range(1, 13))
+    assert [r["loss"] for r in one[0]] == [r["loss"] for r in other[0]]
+    assert [r["validation_loss"] for r in one[1]] == [r["validation_loss"] for r in other[1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, number):
+    add_methods(project, "kill")
+    flags = small_run(corpus_folder, tmp_path / "run", "--method=kill", "--budget_steps=6", f"--signal_number={int(number)}", "--kill_at=3")
+    result = command("train.py", *flags, project=project)
+    assert result.returncode == 128 + number and "--resume=" in result.stdout and "Traceback" not in result.stderr
+    assert len(log_of(tmp_path / "run")[0]) == 4  # the update whose after_step was interrupted is whole
+    again = command("train.py", *flags, project=project)
+    assert again.returncode == 2 and "interrupted run" in again.stderr
+    wrong = command("train.py", f"--resume={tmp_path / 'run'}", "--lr=3", project=project)
+    assert wrong.returncode == 2 and "decides its result" in wrong.stderr
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert command("train.py", f"--resume={moved}", "--micro_batch=2", project=project).returncode == 0
+    assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
+
+
+# -- Mistakes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--budgt_hours=1"], "unknown flag --budgt_hours, did you mean --budget_hours"),
+        (["--method=nothing"], "no method 'nothing'; there are baseline"),
+        (["--size=huge"], "invalid choice: 'huge'"),
+        (["--lr=fast"], "invalid float value: 'fast'"),
+        (["--budget_hours=0"], "--budget_hours=0.0: expected a number above 0"),
+        (["--budget_steps=-3"], "--budget_steps=-3: expected a number at least 1"),
+        (["--budget_hours=nan"], "--budget_hours=nan"),
+        (["--budget_hours=1", "--budget_steps=2"], "two budgets"),
+        (["--data=nowhere"], "python data/prepare.py nowhere"),
+        (["--reference=rtx9"], "--reference=rtx9"),
+        (["--holdout=1"], "--holdout=1.0"),
+        (["--resume=nowhere"], "nowhere"),
+        (["--budget_hours=200", "--reference=this"], "add --yes"),
+        (["--lr=1e30", "--budget_steps=9"], "the loss is"),
+    ],
+)
+def test_a_mistake_is_a_message(corpus_folder, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(small_run(corpus_folder, tmp_path / "run") + flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error, error
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
+    def fails(flags, message):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(flags)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and error.count("\n") <= 2, error
+
+    run = tmp_path / "run"
+    flags = small_run(corpus_folder, run, "--budget_steps=2", "--validations=1")
+    train.main(flags)
+    fails(flags, "holds a finished run")
+    fails([f"--resume={run}"], "is finished")
+    (run / "result.json").unlink()
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
+    fails([f"--resume={run}"], "cut short")
+    (run / "checkpoint.pt").write_bytes(checkpoint)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
+    fails([f"--resume={run}"], "is of another configuration: its lr is")
+    (run / "config.json").write_text(json.dumps(config))
+    log = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(log[:10])
+    fails([f"--resume={run}"], "is shorter")
+    (run / "log.jsonl").write_bytes(log + b'{"update": 99}\n')
+    train.main([f"--resume={run}"])
+    assert (run / "log.jsonl").read_bytes() == log
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    models.write_whole({"x": torch.zeros(1000)}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk: writing fails half-way
+    try:
+        with pytest.raises(UserError, match="untouched. Is the disk full"):
+            models.write_whole({"x": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# -- The house --------------------------------------------------------------------------------------------
+
+
+def test_the_loop_names_no_method_and_the_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("methods/*.py"), *ROOT.glob("data/*.py")]:
+        assert path.name in readme, path
+    for flag in set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)):
+        assert flag in {field.name for field in dataclasses.fields(train.Config)} | {"resume"}, flag
+    source = (ROOT / "train.py").read_text()
+    for name in set(methods.names()) - {"baseline"}:
+        assert name not in source.replace("--method=rho", ""), name
+
+
+def test_every_public_name_has_a_docstring():
+    for module in (models, rst, train, prepare, methods, Method):
+        for name, value in vars(module).items():
+            if isinstance(value, type) and value.__module__ == getattr(module, "__name__", None):
+                assert value.__doc__, name
