@@ -149,12 +149,16 @@ class BERT(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.embedding.device.type, dtype=self.autocast_dtype)
 
-    def encode(self, tokens, layers=None):
-        """Hidden states after the final norm: (B, T) -> (B, T, C)."""
+    def embed(self, tokens):
+        """What the first layer reads: (B, T) -> (B, T, C)."""
         # padding_idx: as in the study, [PAD] (id 0) gets no gradient as an input, only as an output.
         h = F.embedding(tokens, self.embedding, padding_idx=0)
         h = self.embedding_norm(h + self.position_scale * self.position_table[: tokens.shape[1]])
-        h = F.dropout(h, self.config.dropout, self.training)
+        return F.dropout(h, self.config.dropout, self.training)
+
+    def encode(self, tokens, layers=None):
+        """Hidden states after the final norm: (B, T) -> (B, T, C)."""
+        h = self.embed(tokens)
         for index in self.present_layers if layers is None else layers:
             h = self.layers[index](h)
         return self.final_norm(h)

@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,9 +31,11 @@ import methods
 import model as models
 import rst
 import train
+from data import corpus as corpora
 from data import prepare
-from data.corpus import HOLDOUT_KEY, MASK, SECOND, Corpus, hash_of, permute
+from data.corpus import MASK, SECOND, Corpus, hash_of, permute
 from errors import UserError
+from methods import baseline
 from methods.baseline import Method, one_cycle, parameter_groups
 
 ROOT = Path(__file__).resolve().parent
@@ -296,7 +299,7 @@ def test_a_batch_is_a_pure_function_of_its_positions(corpus_folder):
     assert not torch.equal(Corpus(corpus_folder, seed=4).batch(np.arange(50, 90))["tokens"], whole["tokens"])
     assert not torch.equal(corpus.batch(np.arange(50, 90), SECOND)["tokens"], whole["tokens"])
     one, other = (list(Corpus(corpus_folder, seed, validation_rows=20).validation_batches(8)) for seed in (1, 2))
-    assert [len(batch["labels"]) for batch in one] == [8, 8, len(one[-1]["labels"])]
+    assert sum(len(batch["labels"]) for batch in one) == Corpus(corpus_folder, validation_rows=20).validation_rows >= 10
     assert all(torch.equal(a[name], b[name]) for a, b in zip(one, other) for name in a)
 
 
@@ -430,10 +433,10 @@ def test_layers_are_those_asked_for():
     torch.manual_seed(0)
     model = models.build("bert", "tiny", 300)
     batch = {"tokens": torch.randint(0, 300, (2, 16)), "positions": torch.tensor([[1, 2]] * 2), "labels": torch.tensor([[5, 6]] * 2)}
-    expected = model.final_norm(model.layers[2](model.layers[0](model.encode_input(batch["tokens"]))))
+    expected = model.final_norm(model.layers[2](model.layers[0](model.embed(batch["tokens"]))))
     assert torch.equal(model.encode(batch["tokens"], [0, 2]), expected)
     none = model.logits(batch, [])
-    assert torch.equal(model.encode(batch["tokens"], []), model.final_norm(model.encode_input(batch["tokens"])))
+    assert torch.equal(model.encode(batch["tokens"], []), model.final_norm(model.embed(batch["tokens"])))
     assert not torch.equal(none, model.logits(batch))
     model.loss(batch, [0, 2]).backward()
     assert all((parameter.grad is None) == (name.split(".")[1] in "13") for name, parameter in model.layers.named_parameters(prefix="layers"))
@@ -466,12 +469,17 @@ def test_dropout_only_when_fine_tuning(tmp_path):
 # -- Reference system time -------------------------------------------------------------------------------
 
 
-def test_references_are_the_fit_to_the_recorded_times():
-    slope, intercept = rst.fit_line(rst.RTX3090_BERT, leave_out=[7])
-    assert (round(1000 * slope, 2), round(1000 * intercept, 1)) == (13.34, 11.9)
-    least_squares = np.polyfit([n for n in range(1, 17) if n != 7], [s for n, s in enumerate(rst.RTX3090_BERT, 1) if n != 7], 1)
-    assert (slope, intercept) == pytest.approx(least_squares)
-    assert rst.REFERENCES["a100"].probe_seconds["t5"] == pytest.approx((1.031 - 0.129) / 11 / 2, rel=0.005)
+def test_references_are_the_recorded_times_per_layer():
+    for name, probe, table, share in (("rtx3090", "bert", rst.RTX3090_BERT, 1), ("a100", "t5", rst.A100_T5, 2)):
+        slope = share * rst.REFERENCES[name].probe_seconds[probe]
+        for layers, seconds in enumerate(table, 1):
+            line = table[0] + slope * (layers - 1)
+            if (name, layers) == ("rtx3090", 7):
+                assert 10 * seconds == pytest.approx(line, rel=0.015)  # the slip of the decimal point
+            else:
+                assert seconds == pytest.approx(line, rel=0.015)
+    assert rst.REFERENCES["rtx3090"].probe_seconds["bert"] == pytest.approx(0.01334, abs=5e-6)
+    assert rst.REFERENCES["a100"].probe_seconds["t5"] == pytest.approx(0.082 / 2, rel=1e-3)
 
 
 def test_reference_files(tmp_path):
@@ -519,7 +527,7 @@ def test_clock_charges_depth_and_cuts_stalls_only():
 def test_clock_uses_the_mean_of_the_last_probes():
     clock = clock_of(budget_seconds=1.0)
     clock.reference = rst.REFERENCES["rtx3090"]
-    clock.probe = rst.SimpleProbe("bert", iter([1.0, 3.0] + [0.5] * rst.KEPT_PROBES))
+    clock.probe = SimpleNamespace(name="bert", seconds=iter([1.0, 3.0] + [0.5] * rst.KEPT_PROBES).__next__)
     for expected in (1.0, 2.0):
         clock.measure()
         assert clock.factor == pytest.approx(clock.reference.probe_seconds["bert"] / expected)
@@ -855,14 +863,16 @@ def test_the_loop_names_no_method_and_the_readme_names_every_file():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("methods/*.py"), *ROOT.glob("data/*.py")]:
         assert path.name in readme, path
     for flag in set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)):
-        assert flag in {field.name for field in dataclasses.fields(train.Config)} | {"resume"}, flag
+        assert flag in {field.name for field in dataclasses.fields(train.Config)} | {"resume", "help"}, flag
     source = (ROOT / "train.py").read_text()
     for name in set(methods.names()) - {"baseline"}:
         assert name not in source.replace("--method=rho", ""), name
 
 
-def test_every_public_name_has_a_docstring():
-    for module in (models, rst, train, prepare, methods, Method):
+def test_every_class_and_place_has_a_docstring():
+    for module in (models, rst, train, prepare, corpora, methods, baseline):
         for name, value in vars(module).items():
-            if isinstance(value, type) and value.__module__ == getattr(module, "__name__", None):
+            if isinstance(value, type) and value.__module__ == module.__name__:
                 assert value.__doc__, name
+    for place in methods.PLACES:
+        assert getattr(Method, place).__doc__, place

@@ -104,6 +104,8 @@ AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "seed", "threads")
 
 
 class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are UserErrors."""
+
     def error(self, message):
         raise UserError(f"{message}; python train.py --help lists the flags")
 
@@ -144,8 +146,10 @@ def parse(arguments):
         close = difflib.get_close_matches(flag, known, n=1)
         raise UserError(f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "") + f" Flags: {' '.join(known)}")
     typed = vars(typed)
-    typed_options = {name: typed.pop(name) for name in list(typed) if name in options}
-    return typed | ({"options": typed_options} if typed_options else {}), typed.pop("resume", None)
+    resume = typed.pop("resume", None)
+    if typed_options := {name: typed.pop(name) for name in list(typed) if name in options}:
+        typed["options"] = typed_options
+    return typed, resume
 
 
 def resolve(typed):

@@ -1,0 +1,1 @@
+"""Text to tokens (`prepare.py`), tokens to batches (`corpus.py`)."""
