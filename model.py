@@ -36,49 +36,56 @@ class BERTConfig:
     n_layers: int = 16
     d_model: int = 768
     n_heads: int = 12
-    d_ff: int = 3072  # rows of the input projection; half of them are linear, half are gates
+    d_ff: int = 1536  # width of the gated feed-forward layer
     max_length: int = 128
     dropout: float = 0.0  # pre-training runs without (as the study); fine-tuning sets 0.1
 
 
 SIZES = {
     "bert": {
-        "tiny": dict(n_layers=4, d_model=256, n_heads=4, d_ff=1024),
-        "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=2048),
-        "base": dict(n_layers=16, d_model=768, n_heads=12, d_ff=3072),
+        "tiny": dict(n_layers=4, d_model=256, n_heads=4, d_ff=512),
+        "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=1024),
+        "base": dict(n_layers=16, d_model=768, n_heads=12, d_ff=1536),
     },
 }
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional multi-head attention without biases; one projection makes queries, keys, values."""
+    """Bidirectional multi-head attention without biases.
+
+    The release makes queries, keys and values with one matrix; three matrices are the same function,
+    and spare the backward pass a copy of all three gradients into one.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.n_heads = config.n_heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.query = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.key = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.value = nn.Linear(config.d_model, config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        q = self.query(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        k = self.key(x).view(B, T, self.n_heads, -1).transpose(1, 2)
+        v = self.value(x).view(B, T, self.n_heads, -1).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.output(y.transpose(1, 2).reshape(B, T, C))
 
 
 class GatedFeedForward(nn.Module):
-    """W_out(x * GELU(g)) with [x ; g] = W_in h: the first half is linear, the second half gates it."""
+    """W_out(W_linear h * GELU(W_gate h)), without biases. The release stacks the two input matrices."""
 
     def __init__(self, config):
         super().__init__()
-        self.input = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.output = nn.Linear(config.d_ff // 2, config.d_model, bias=False)
+        self.linear = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.output = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, h):  # (B, T, C) -> (B, T, C)
-        x, g = self.input(h).chunk(2, dim=-1)  # each (B, T, d_ff / 2)
-        return self.output(x * F.gelu(g))  # the exact GELU, with erf
+        return self.output(self.linear(h) * F.gelu(self.gate(h)))  # the exact GELU, with erf
 
 
 class BERTLayer(nn.Module):
@@ -181,7 +188,7 @@ class BERT(nn.Module):
         token and for each head and decoder weight and predicted token, and the two attention products."""
         layers = self.present_layers if layers is None else layers
         c = self.config
-        layer_weights = 4 * c.d_model**2 + c.d_model * c.d_ff * 3 // 2
+        layer_weights = 4 * c.d_model**2 + 3 * c.d_model * c.d_ff
         output_weights = c.d_model**2 + c.vocabulary_size * c.d_model
         attention = 3 * 2 * 2 * row_length**2 * c.d_model
         return len(layers) * (6 * layer_weights * row_length + attention) + 6 * output_weights * predicted_per_row

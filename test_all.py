@@ -383,7 +383,7 @@ class ReferenceLayer(nn.Module):
 
 def test_model_equals_one_built_from_reference_modules():
     torch.manual_seed(0)
-    config = models.BERTConfig(vocabulary_size=100, n_layers=3, d_model=24, n_heads=3, d_ff=96, max_length=16)
+    config = models.BERTConfig(vocabulary_size=100, n_layers=3, d_model=24, n_heads=3, d_ff=48, max_length=16)
     model = models.BERT(config).double()
     with torch.no_grad():  # far from the initial values, so that every path matters
         for parameter in model.parameters():
@@ -394,15 +394,20 @@ def test_model_equals_one_built_from_reference_modules():
     head, scale = nn.Linear(24, 24, bias=False).double(), nn.Parameter(model.position_scale.detach().clone())
     pairs = [(model.embedding, embedding.weight), (model.head.weight, head.weight), (model.position_scale, scale)]
     pairs += [(getattr(a, x), getattr(b, x)) for a, b in ((model.embedding_norm, norm), (model.final_norm, final)) for x in ("weight", "bias")]
+    stacked = []  # the reference has one matrix where we have two or three
     for ours, theirs in zip(model.layers, layers):
         for x in ("weight", "bias"):
             pairs += [(getattr(ours.attention_norm, x), getattr(theirs.norm1, x)), (getattr(ours.feed_forward_norm, x), getattr(theirs.norm2, x))]
-        pairs += [(ours.attention.qkv.weight, theirs.attention.in_proj_weight), (ours.attention.output.weight, theirs.attention.out_proj.weight),
-                  (ours.feed_forward.input.weight, theirs.w_in.weight), (ours.feed_forward.output.weight, theirs.w_out.weight)]  # fmt: skip
-    assert {id(ours) for ours, _ in pairs} == {id(parameter) for parameter in model.parameters()}
+        pairs += [(ours.attention.output.weight, theirs.attention.out_proj.weight), (ours.feed_forward.output.weight, theirs.w_out.weight)]
+        stacked += [([ours.attention.query.weight, ours.attention.key.weight, ours.attention.value.weight], theirs.attention.in_proj_weight),
+                    ([ours.feed_forward.linear.weight, ours.feed_forward.gate.weight], theirs.w_in.weight)]  # fmt: skip
+    covered = [ours for ours, _ in pairs] + [weight for ours, _ in stacked for weight in ours]
+    assert {id(weight) for weight in covered} == {id(parameter) for parameter in model.parameters()}
     with torch.no_grad():
         for ours, theirs in pairs:
             theirs.copy_(ours)
+        for ours, theirs in stacked:
+            theirs.copy_(torch.cat(ours))
     tokens = torch.randint(0, 100, (5, 16))
     tokens[0, 0] = 0
     positions = torch.rand(5, 16).argsort(1)[:, :4]
@@ -427,6 +432,8 @@ def test_model_equals_one_built_from_reference_modules():
     model.loss(batch).backward()
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    for ours, theirs in stacked:
+        torch.testing.assert_close(torch.cat([weight.grad for weight in ours]), theirs.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_layers_are_those_asked_for():
@@ -501,7 +508,9 @@ def test_probe_has_no_denormal_values(name):
     x = torch.randn(1, 16, 768)
     if name == "bert":  # the frozen copy is a layer of the model's kind
         layer = models.BERTLayer(models.BERTConfig())
-        weights = [layer.attention.qkv.weight, layer.attention.output.weight, layer.feed_forward.input.weight, layer.feed_forward.output.weight]
+        attention, feed_forward = layer.attention, layer.feed_forward
+        weights = [torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]), attention.output.weight]
+        weights += [torch.cat([feed_forward.linear.weight, feed_forward.gate.weight]), feed_forward.output.weight]
         torch.testing.assert_close(rst.bert_layer(x, weights), layer(x), rtol=1e-4, atol=1e-5)
 
 
