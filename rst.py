@@ -322,8 +322,9 @@ class Clock:
 
 
 def fingerprint(tensors):
-    """A number per tensor that changes with any bit of it; versions notice what adds up to the same."""
-    return [(tensor._version, tensor.detach().view(torch.int32).sum(dtype=torch.int64).item()) for tensor in tensors]
+    """Numbers that change with any bit of the tensors; versions notice what adds up to the same."""
+    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]
+    return [tensor._version for tensor in tensors], torch.stack(sums).tolist() if sums else []
 
 
 # -- The command ---------------------------------------------------------------------------------------------
@@ -332,7 +333,11 @@ def fingerprint(tensors):
 def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = f"{platform.machine()} CPU"
+    with contextlib.suppress(OSError, StopIteration):  # Linux says it better
+        with open("/proc/cpuinfo") as file:
+            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 @exits_on_user_error

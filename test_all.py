@@ -707,6 +707,38 @@ def test_two_processes_equal_one(corpus_folder, tmp_path):
     assert [r["validation_loss"] for r in two[1]] == pytest.approx([r["validation_loss"] for r in one[1]], rel=1e-5)
 
 
+def test_nothing_keeps_the_process_group_alive(corpus_folder, tmp_path):
+    """A group that outlives the run has threads that can abort the interpreter at its end."""
+    script = textwrap.dedent("""
+        import os, sys, weakref
+        import torch.distributed as dist
+        import train
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        destroy = dist.destroy_process_group
+        def destroy_and_look():
+            group = weakref.ref(dist.group.WORLD)
+            destroy()
+            assert group() is None
+        dist.destroy_process_group = destroy_and_look
+        train.main(sys.argv[1:])
+        assert not dist.is_initialized()
+        """)
+    result = command("-c", script, *small_run(corpus_folder, tmp_path / "run", "--budget_steps=2", "--validations=1"))
+    assert result.returncode == 0, result.stderr
+
+
+def test_rows_are_shared_out_over_groups_and_processes(monkeypatch):
+    shares = []
+    monkeypatch.setattr(train, "processes", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(train, "process", lambda: rank)
+        shares += [(draw, row) for draw, rows in train.cut(np.arange(100, 123), 4, 2) for row in rows.tolist() if len(rows) <= 2]
+    expected = [(draw, row) for draw, group in enumerate(np.array_split(np.arange(100, 123), 4)) for row in group.tolist()]
+    assert sorted(shares) == expected
+    with pytest.raises(UserError, match="4 rows in 2 group"):
+        list(train.cut(np.arange(4), 2, 8))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision_is_near_fp32(corpus_folder, tmp_path, dtype):
     losses = {}
@@ -722,9 +754,32 @@ def test_an_overflow_in_fp16_skips_the_update(corpus_folder, tmp_path, monkeypat
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**30, enabled=enabled))
     result = train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=3", "--dtype=fp16", "--validations=1"))
     assert [record["skipped"] for record in log_of(tmp_path / "run")[0]] == [True] * 3 and result["skipped_updates"] == 3
+    assert [record["gradient_norm"] for record in log_of(tmp_path / "run")[0]] == [None] * 3
     torch.manual_seed(0)
     fresh = models.build("bert", "tiny", 512).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in weights_of(tmp_path / "run").items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(corpus_folder, tmp_path, monkeypatch, capsys):
+    batch = Corpus.batch
+
+    def poisoned(self, positions, *arguments):  # the loss is finite, its gradient is not
+        self.model_to_poison.register_hook(lambda gradient: gradient * math.inf) if positions[0] == 12 else None
+        return batch(self, positions, *arguments)
+
+    start = methods.Combination.start
+    monkeypatch.setattr(Corpus, "batch", poisoned)
+
+    def remember(self, model, corpus, *arguments):
+        corpus.model_to_poison = model.position_scale
+        return start(self, model, corpus, *arguments)
+
+    monkeypatch.setattr(methods.Combination, "start", remember)
+    with pytest.raises(SystemExit):
+        train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=9", "--checkpoint_minutes=0.000001"))
+    assert "gradient's norm inf in update 3" in capsys.readouterr().err
+    checkpoint = models.read_whole(tmp_path / "run" / "checkpoint.pt")
+    assert checkpoint["clock"]["updates"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
 def test_growing_and_unused_layers(project, corpus_folder, tmp_path):

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Its functions have the process group as a default argument: imported once there is one (torch's optimizers
+# do), they keep it and its threads alive past destroy_process_group, and the interpreter may abort at its end.
+import torch.distributed.nn.functional  # noqa: F401
 from tqdm import tqdm
 
 import methods
@@ -121,6 +126,8 @@ def parse(arguments):
         elif argument.startswith("--resume=") and (Path(argument[9:]) / "config.json").exists():
             method = read_json(Path(argument[9:]) / "config.json").get("method", method)
     options = methods.find(method).options
+    if taken := set(options) & {field.name for field in dataclasses.fields(Config)}:
+        raise UserError(f"--method={method}: its option {taken.pop()} has the name of a common flag; rename it")
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, prog="train.py",
@@ -325,16 +332,18 @@ def keep_freed_memory():
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once."""
+    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once, if it
+    comes seconds later: torchrun repeats the first one."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.time = 0, 0.0
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(self, number, frame):
-        if self.number and number == signal.SIGINT:
+        if not self.number:
+            self.number, self.time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.time + 3:
             raise KeyboardInterrupt
-        self.number = number
 
     def restore(self):
         for number, handler in self.previous.items():
@@ -348,6 +357,8 @@ def cut(positions, draws, micro_batch):
     """(draw, positions) of the micro-batches of this process: the update's rows in `draws` groups, each
     shared out over the processes and cut to at most `micro_batch` rows."""
     for draw, group in enumerate(np.array_split(positions, draws)):
+        if 0 < len(group) < processes():  # a process without rows would have no gradients to add
+            raise UserError(f"{len(positions)} rows in {draws} group(s) cannot be shared out over {processes()} processes; use fewer, or a larger --batch")
         mine = np.array_split(group, processes())[process()]
         for first in range(0, len(mine), micro_batch):
             yield draw, mine[first : first + micro_batch]
@@ -480,7 +491,7 @@ def train(config, folder, resume=False):
     try:
         # ---------------------------------- the training loop ----------------------------------
         while clock.progress < 1:
-            progress = clock.progress
+            progress, compiled_before = clock.progress, compilations()
             rate = config.lr * SCHEDULES[config.schedule](progress)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -503,11 +514,12 @@ def train(config, folder, resume=False):
             sum_over_processes([loss, *gradients])
             scaler.unscale_(optimizer)
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            loss = loss.item()  # waits for the device
-            if not math.isfinite(loss):
+            loss, gradient_norm = torch.stack([loss, gradient_norm]).tolist()  # waits for the device
+            skipped = scaler.is_enabled() and not math.isfinite(gradient_norm)  # overflow in fp16: the scale is lowered
+            if not math.isfinite(loss) or not (math.isfinite(gradient_norm) or skipped):
                 raise UserError(
-                    f"the loss is {loss} in update {clock.updates + 1}, rows {positions[0]} to {positions[-1]}, lr {rate:.3g}; "
-                    f"lower --lr or --clip. What was saved last is in {shown(folder)}"
+                    f"the loss is {loss} and its gradient's norm {gradient_norm} in update {clock.updates + 1}, stream positions "
+                    f"{positions[0]} to {positions[-1]}, lr {rate:.3g}; lower --lr or --clip. What was saved before is in {shown(folder)}"
                 )
             loop_seconds = -start + (start := now(config.device))
 
@@ -515,16 +527,15 @@ def train(config, folder, resume=False):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step_seconds = -start + (start := now(config.device))
-            gradient_norm = gradient_norm.item()
-            skipped = scaler.is_enabled() and not math.isfinite(gradient_norm)  # an fp16 overflow: the scale was lowered
             if not skipped:
                 method.after_step()
             method_seconds += now(config.device) - start
 
             # A method's own optimizer is one of its places, the baseline's is the loop's.
             free_seconds = clock.take_free_seconds()
-            mine = (loop_seconds, step_seconds, method_seconds - free_seconds, free_seconds, stop.number)
-            loop_seconds, step_seconds, method_seconds, free_seconds, stop_signal = map(max, zip(*rst.gather(mine, config.device)))
+            mine = (loop_seconds, step_seconds, method_seconds - free_seconds, free_seconds, stop.number, time.perf_counter() >= checkpoint_due)
+            everyone = zip(*rst.gather(mine, config.device))
+            loop_seconds, step_seconds, method_seconds, free_seconds, stop_signal, save_now = map(max, everyone)
             if method.owns_optimizer:
                 method_seconds += step_seconds
             else:
@@ -534,9 +545,11 @@ def train(config, folder, resume=False):
             clock.free_seconds += free_seconds
             state.rows += len(positions)
             state.skipped += skipped
-            write_log({"update": clock.updates, "loss": loss, "lr": rate, "progress": progress, "gradient_norm": gradient_norm,
+            write_log({"update": clock.updates, "loss": loss, "lr": rate, "progress": progress,
+                       "gradient_norm": None if skipped else gradient_norm,
                        "rows": len(positions), "row_layers": row_layers, **charge, "free_seconds": free_seconds,
-                       "spent_seconds": clock.spent_seconds, "factor": clock.factor, "skipped": skipped})  # fmt: skip
+                       "spent_seconds": clock.spent_seconds, "factor": clock.factor, "skipped": skipped,
+                       "compilations": compilations() - compiled_before})  # fmt: skip
             bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
             bar.update(clock.progress - bar.n)
 
@@ -546,7 +559,7 @@ def train(config, folder, resume=False):
                 write_log({"update": clock.updates, "validation_loss": state.validation_loss, "progress": clock.progress,
                            "lr": config.lr * SCHEDULES[config.schedule](clock.progress), "spent_seconds": clock.spent_seconds})  # fmt: skip
                 say(f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {state.validation_loss:.4f}")
-            if stop_signal or any_process(time.perf_counter() >= checkpoint_due, config.device):
+            if stop_signal or save_now:
                 save_checkpoint()
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
             if stop_signal and clock.progress < 1:
@@ -565,7 +578,7 @@ def train(config, folder, resume=False):
     save_checkpoint()
     state.wall_seconds += time.perf_counter() - started
     result = {
-        "command": " ".join(sys.argv), "commit": git_commit(), "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv), "commit": git_commit(), "finished": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": rst.device_name(config.device), "threads": torch.get_num_threads(), "processes": processes(),
         "config": dataclasses.asdict(config), "corpus": corpus.meta["checksum"],
@@ -579,6 +592,8 @@ def train(config, folder, resume=False):
         models.save(model, folder / "model.pt")
         log.close()
         write_json(folder / "result.json", result)
+    if dist.is_initialized():
+        dist.barrier()  # whoever needs the finished run next finds it whole
     say(f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, {state.rows:,} rows; "
         f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})")  # fmt: skip
     say(f"charged {clock.spent_seconds:.6g} s of {config.reference}, free {clock.free_seconds:.4g} s, wall {state.wall_seconds:.0f} s; in {shown(folder)}")
@@ -587,14 +602,15 @@ def train(config, folder, resume=False):
     return result
 
 
+def compilations():
+    """Graphs that torch.compile has made so far in this process. Those of the warm-up are not charged;
+    one that a later update needs is part of its time, and of its line in the log."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def now(device):
     rst.synchronise(device)
     return time.perf_counter()
-
-
-def any_process(condition, device):
-    """Whether it holds on the first process, for all to agree."""
-    return bool(rst.gather([float(condition)], device)[0][0])
 
 
 def spent_text(clock):
