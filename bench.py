@@ -19,11 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+import rst  # before torch: it says how OpenMP's threads wait
+
 import torch
 
 import model as models
-import rst
 import train
 from data.corpus import MASK_SHARE
 from errors import UserError, exits_on_user_error
@@ -155,25 +155,22 @@ def depth(repeats):
 
 def load(repeats, budget_hours=6e-5):
     """Runs of the tiny model budgeted in rtx3090 time under three loads, with and without re-probing."""
-    burner = "while True: pass"
     print(f"updates within {budget_hours:g} hours of rtx3090\n| re-probing | 1 thread | 2 threads | 2 threads beside a busy process | spread |\n|---|---|---|---|---|")
     for reprobe in ("true", "false"):
         updates, walls = [], []
         for threads, busy in ((1, False), (2, False), (2, True)):
             with tempfile.TemporaryDirectory() as folder:
-                # Without re-probing the load comes when the probe has been timed, as it would in a long run.
                 command = [sys.executable, "train.py", "--size=tiny", "--device=cpu", f"--threads={threads}", "--reference=rtx3090"]
                 command += [f"--budget_hours={budget_hours}", f"--reprobe={reprobe}", f"--out={folder}/run", "--validations=1", "--validation_rows=10"]
-                process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                log = Path(folder) / "run" / "log.jsonl"
-                while process.poll() is None and not (log.exists() and log.stat().st_size):
-                    time.sleep(0.1)
-                beside = subprocess.Popen([sys.executable, "-c", burner]) if busy else None
-                if process.wait() != 0:
-                    raise UserError(f"{' '.join(command)} failed")
-                if beside:
-                    beside.kill()
-                    beside.wait()
+                beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+                try:
+                    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                finally:
+                    if beside:
+                        beside.kill()
+                        beside.wait()
+                if done.returncode != 0:
+                    raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
                 result = json.loads((Path(folder) / "run" / "result.json").read_text())
                 updates.append(result["updates"])
                 walls.append(result["wall_seconds"])

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import rst  # before torch: it says how OpenMP's threads wait
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,7 +40,6 @@ from tqdm import tqdm
 
 import methods
 import model as models
-import rst
 from data.corpus import Corpus
 from data.prepare import boolean, corpus_folder
 from errors import UserError, exits_on_user_error
