@@ -27,7 +27,7 @@ from dataclasses import dataclass
 # How long a thread of GNU OpenMP polls for the next operation before it sleeps; read when torch is loaded.
 # By default it polls for milliseconds, and on a machine with other work the core that it holds is missing
 # where its own operation runs: a third of the speed, and a probe that varies by 60% instead of 4%.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 import torch
 import torch.distributed as dist
