@@ -9,7 +9,6 @@ What is compared is interleaved in one run, because a shared machine's speed cha
 minute; every figure is the median over the repeats.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -26,7 +25,7 @@ import torch
 import model as models
 import train
 from data.corpus import MASK_SHARE
-from errors import UserError, exits_on_user_error
+from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import parameter_groups
 
 ROOT = Path(__file__).resolve().parent
@@ -181,7 +180,7 @@ def load(repeats, budget_hours=6e-5):
 @exits_on_user_error
 def main(arguments=None):
     benches = {"speed": (speed, 10), "input": (input_pipeline, 20), "depth": (depth, 5), "load": (load, 1)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("bench", choices=list(benches))
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args(arguments)

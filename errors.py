@@ -1,15 +1,31 @@
 """How the project's commands speak of a user's mistake: one message, no traceback, exit status 2."""
 
+import argparse
+import errno
 import functools
 import sys
+
+# What the file system says when a path is wrong, closed to us, or full.
+OF_THE_FILE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
 
 class UserError(Exception):
     """Something that the user can mend. The message says what was wrong, with what value, and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are UserErrors; it shows a docstring as it is written."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def exits_on_user_error(main):
-    """Decorate a command's `main`: a UserError or Ctrl-C becomes a message on stderr and a non-zero exit."""
+    """Decorate a command's `main`: a UserError, a full disk, a wrong path or Ctrl-C becomes a message on
+    stderr and a non-zero exit."""
 
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
@@ -17,9 +33,13 @@ def exits_on_user_error(main):
             return main(*arguments, **keywords)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+        except OSError as error:
+            if error.errno not in OF_THE_FILE_SYSTEM:
+                raise
+            print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        sys.exit(2)
 
     return wrapper

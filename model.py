@@ -37,7 +37,7 @@ class BERTConfig:
     d_model: int = 768
     n_heads: int = 12
     d_ff: int = 1536  # width of the gated feed-forward layer
-    max_length: int = 128
+    max_length: int = 512  # of a row; the position table has no parameters
     dropout: float = 0.0  # pre-training runs without (as the study); fine-tuning sets 0.1
 
 
@@ -158,6 +158,8 @@ class BERT(nn.Module):
 
     def embed(self, tokens):
         """What the first layer reads: (B, T) -> (B, T, C)."""
+        if tokens.shape[1] > self.config.max_length:
+            raise UserError(f"rows of {tokens.shape[1]} tokens: this model reads at most {self.config.max_length}")
         # padding_idx: as in the study, [PAD] (id 0) gets no gradient as an input, only as an output.
         h = F.embedding(tokens, self.embedding, padding_idx=0)
         h = self.embedding_norm(h + self.position_scale * self.position_table[: tokens.shape[1]])

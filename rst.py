@@ -13,7 +13,6 @@ The probe is a frozen copy that never imports model.py: faster code for the mode
 exchange rate. On a shared machine it is timed again and again during a run.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -33,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from errors import UserError, exits_on_user_error
+from errors import Parser, UserError, exits_on_user_error
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
 # autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the paper's
@@ -348,7 +347,7 @@ def device_name(device):
 
 @exits_on_user_error
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--save", metavar="FILE", help="write this machine's probe times as a reference")
     parser.add_argument("--reference", metavar="FILE", help="also print the factor for this reference")
     parser.add_argument("--repeats", type=int, default=10, help="how often each probe is timed (10)")

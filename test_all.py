@@ -198,8 +198,16 @@ def test_text_that_cannot_be_read_is_named(tmp_path, name, content, message, cap
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        prepare.prepare("bad", tmp_path / name, 300, folder=tmp_path / "out")
-    assert not (tmp_path / "out" / "meta.json").exists()
+        prepare.prepare("bad", tmp_path / name, 300, folder=tmp_path / "data" / "out")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_preparation_that_fails_leaves_the_corpus_that_was_there(corpus_folder, tmp_path):
+    copy = shutil.copytree(corpus_folder, tmp_path / "copy")
+    (tmp_path / "bad.txt").write_bytes(b"fine fine\n\xff")
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        prepare.prepare("invented", tmp_path / "bad.txt", 512, folder=copy)
+    assert Corpus(copy).rows == Corpus(corpus_folder).rows and sorted(tmp_path.iterdir()) == [tmp_path / "bad.txt", copy]
 
 
 class BrokenServer(http.server.SimpleHTTPRequestHandler):
@@ -860,6 +868,11 @@ def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, 
         (["--budget_steps=-3"], "--budget_steps=-3: expected a number at least 1"),
         (["--budget_hours=nan"], "--budget_hours=nan"),
         (["--budget_hours=1", "--budget_steps=2"], "two budgets"),
+        (["more"], "'more' is not a flag"),
+        (["--device=tpu"], "expected cpu, cuda or cuda:NUMBER"),
+        (["--device=cuda:99"], "--device=cuda:99: torch sees"),
+        (["--row_length=600", "--validation_rows=1"], "rows of 600 tokens: this model reads at most 512"),
+        (["--out=/dev/null/run"], "Not a directory: '/dev/null/run'"),
         (["--data=nowhere"], "python data/prepare.py nowhere"),
         (["--reference=rtx9"], "--reference=rtx9"),
         (["--holdout=1"], "--holdout=1.0"),

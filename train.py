@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -42,7 +43,7 @@ import methods
 import model as models
 from data.corpus import Corpus
 from data.prepare import boolean, corpus_folder
-from errors import UserError, exits_on_user_error
+from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent
@@ -109,13 +110,6 @@ AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "seed", "threads")
 # -- Flags -------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are UserErrors."""
-
-    def error(self, message):
-        raise UserError(f"{message}; python train.py --help lists the flags")
-
-
 def parse(arguments):
     """The flags that were typed, as a dictionary, and the folder of --resume or None."""
     method = "baseline"  # it decides which options there are
@@ -130,8 +124,7 @@ def parse(arguments):
     if taken := set(options) & {field.name for field in dataclasses.fields(Config)}:
         raise UserError(f"--method={method}: its option {taken.pop()} has the name of a common flag; rename it")
     parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, prog="train.py",
+        description=__doc__, argument_default=argparse.SUPPRESS, prog="train.py",
         epilog=f"methods: {', '.join(methods.names())}; combine them with +",
     )  # fmt: skip
 
@@ -152,7 +145,9 @@ def parse(arguments):
         known = [action.option_strings[0] for action in parser._actions]
         flag = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(flag, known, n=1)
-        raise UserError(f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "") + f" Flags: {' '.join(known)}")
+        if not flag.startswith("-"):
+            raise UserError(f"{flag!r} is not a flag; flags are written --name=value")
+        raise UserError(f"unknown flag {flag}{f', did you mean {close[0]}?' if close else ';'} flags: {' '.join(known)}")
     typed = vars(typed)
     resume = typed.pop("resume", None)
     if typed_options := {name: typed.pop(name) for name in list(typed) if name in options}:
@@ -167,6 +162,8 @@ def resolve(typed):
         raise UserError("--budget_hours and --budget_steps are two budgets; give one")
     if values["device"] is None:
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", values["device"]):
+        raise UserError(f"--device={values['device']}: expected cpu, cuda or cuda:NUMBER")
     on_gpu = values["device"].startswith("cuda")
     size = values["size"] = values["size"] or ("base" if on_gpu else "tiny")
     combination = methods.find(values["method"])
@@ -196,8 +193,9 @@ def resolve(typed):
             value = getattr(config, name)
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise UserError(f"--{name}={value}: expected a number {expected}")
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device={config.device}: torch sees no GPU here; say --device=cpu")
+    gpus = torch.cuda.device_count()
+    if on_gpu and int(config.device.partition(":")[2] or 0) >= gpus:
+        raise UserError(f"--device={config.device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
     rst.find_reference(config.reference)
     return config
 

@@ -5,8 +5,8 @@
     python data/prepare.py c4 --shards=8                      the first public C4 shards, downloaded
 
 writes data/NAME/bert-VOCABULARY/: `train.bin` and `val.bin` (uint16 tokens, every document ended by
-[SEP]), `tokenizer.json`, and `meta.json` (counts, source, versions, checksums), which is written last:
-a folder without it is not a corpus.
+[SEP]), `tokenizer.json` and `meta.json` (counts, source, versions, checksums), together or not at all: a
+preparation that fails leaves the corpus that was there.
 
 Files: `.txt` (documents separated by blank lines), `.json` and `.jsonl` (a JSON object with a string
 `text` a line), each also with `.gz`.
@@ -33,6 +33,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import sysconfig
@@ -49,7 +50,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from errors import UserError, exits_on_user_error  # noqa: E402
+from errors import Parser, UserError, exits_on_user_error  # noqa: E402
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
@@ -407,8 +408,6 @@ def meta_checksum(meta):
 def encode(files, folder, vocabulary_size, uncased, source):
     """Trains the tokenizer on a sample of `files`, encodes them all into `folder`, writes meta.json."""
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
     total_bytes = sum(map(estimated_bytes, files))
     spacing = max(1, len(files) // SAMPLE_FILES)
     sampled = files[::spacing]
@@ -425,8 +424,6 @@ def encode(files, folder, vocabulary_size, uncased, source):
         frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(sorted(words.items()))
         Tokenizer(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased).save(tokenizer_path)
         trained = time.perf_counter()
-        if Tokenizer.load(tokenizer_path).size > 65536:
-            raise UserError(f"--vocabulary={vocabulary_size}: tokens are stored in 16 bits, so at most 65536")
         validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS / max(1, total_bytes / 4.5))
         count, tokens = [0, 0], [0, 0]
         blocks = (block for path in files for block in file_blocks(path))
@@ -448,12 +445,10 @@ def encode(files, folder, vocabulary_size, uncased, source):
         "tokenizer_checksum": zlib.crc32(tokenizer_path.read_bytes()),
     }
     meta["checksum"] = meta_checksum(meta)
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, folder / "meta.json")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     encoding_seconds = time.perf_counter() - trained
     print(
-        f"{folder}: {tokens[0]:,} training and {tokens[1]:,} validation tokens in {count[0]:,} and {count[1]:,} documents; "
+        f"{tokens[0]:,} training and {tokens[1]:,} validation tokens in {count[0]:,} and {count[1]:,} documents; "
         f"tokenizer {trained - started:.0f} s, encoding {encoding_seconds:.0f} s ({sum(tokens) / encoding_seconds:,.0f} tokens/s)"
     )
 
@@ -471,9 +466,8 @@ def prepare(name, files=None, vocabulary_size=8192, uncased=True, shards=1, base
         source = {"files": str(files)}
         found = local_files(str(files))
     elif name == "pydocs":
-        folder.mkdir(parents=True, exist_ok=True)
         source = {"files": "pydocs", "versions": pydocs_versions()}
-        found = write_pydocs(folder)
+        found = None  # written below
     elif name == "c4":
         if not 1 <= shards <= C4_SHARDS:
             raise UserError(f"--shards={shards}: C4 has shards 1 to {C4_SHARDS}")
@@ -486,7 +480,19 @@ def prepare(name, files=None, vocabulary_size=8192, uncased=True, shards=1, base
         found = [downloads / file for file in names]
     else:
         raise UserError(f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH")
-    encode(found, folder, vocabulary_size, uncased, source)
+    # All is written beside the folder, which it then replaces: a failure leaves what was there.
+    work = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        encode(found or write_pydocs(work), work, vocabulary_size, uncased, source)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+    print(f"prepared {folder}")
     return folder
 
 
@@ -498,9 +504,7 @@ def boolean(text):
 
 @exits_on_user_error
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("name", help="pydocs, c4, or a name for your own files")
     parser.add_argument("--files", help="your own text: a file, a folder or a quoted glob")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens (8192; the study's base model: 32768)")
