@@ -481,6 +481,131 @@ def test_dropout_only_when_fine_tuning(tmp_path):
     assert torch.equal(model.encode(tokens), model.encode(tokens))
 
 
+def transformers_t5(config):
+    """transformers' T5 v1.1 of the same shape."""
+    import transformers
+
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=config.vocabulary_size, d_model=config.d_model, d_kv=config.d_head, d_ff=config.d_ff, num_layers=config.n_layers,
+        num_heads=config.n_heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0,
+        relative_attention_num_buckets=config.relative_buckets, relative_attention_max_distance=config.relative_distance,
+        decoder_start_token_id=0,
+    ))  # fmt: skip
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))  # transformers 5 ties what v1.1 does not
+    return model
+
+
+T5_SHAPE = models.T5Config(vocabulary_size=200, n_layers=3, d_model=48, n_heads=3, d_head=16, d_ff=80)
+
+
+def t5_batch(rows, length, targets, padded=True):
+    tokens, labels = torch.randint(2, 200, (rows, length)), torch.randint(2, 200, (rows, targets))
+    lengths = torch.randint(3, length + 1, (rows, 1)) if padded else torch.full((rows, 1), length)
+    mask = torch.arange(length) < lengths
+    return {"tokens": tokens.where(mask, 0), "labels": labels, "mask": mask}
+
+
+def test_t5_base_has_the_published_parameters_and_initial_values():
+    torch.manual_seed(0)
+    model = models.build("t5", "base", 32128)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 247_577_856
+    deviations = {"embedding": 1.0, "head": 1.0, "query": (768 * 64) ** -0.5, "key": 768**-0.5, "value": 768**-0.5, "attention.output": 768**-0.5,
+                  "linear": 768**-0.5, "gate": 768**-0.5, "feed_forward.output": 2048**-0.5}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert parameter.unique().tolist() == [1.0], name
+        elif name.endswith("_positions"):
+            assert parameter.std().item() == pytest.approx(768**-0.5, rel=0.15), name
+        else:
+            (deviation,) = [value for key, value in deviations.items() if f"{key}.weight" in f"{name}.weight"]
+            assert parameter.std().item() == pytest.approx(deviation, rel=0.01) and abs(parameter.mean().item()) < 0.01 * deviation, name
+
+
+def test_t5_equals_transformers():
+    torch.manual_seed(0)
+    theirs, ours = transformers_t5(T5_SHAPE), models.T5(T5_SHAPE)
+    names, parameters = models.transformers_names(range(3)), dict(theirs.named_parameters())
+    assert sorted(names) == sorted(name for name, _ in ours.named_parameters()) and sorted(names.values()) == sorted(parameters)
+    with torch.no_grad():
+        for mine, its in names.items():
+            parameters[its].add_(torch.randn_like(parameters[its]) * 0.05)
+            ours.get_parameter(mine).copy_(parameters[its])
+    batch = t5_batch(6, 150, 70)  # longer than the exact distances of both stacks, and than the farthest bucket
+    batch["labels"][1, 50:] = -100
+    expected = theirs(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), labels=batch["labels"])
+    torch.testing.assert_close(ours.logits(batch), expected.logits, rtol=1e-4, atol=1e-4)
+    loss = ours.loss(batch)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    rows = [theirs(input_ids=batch["tokens"][[row]], attention_mask=batch["mask"][[row]].long(), labels=batch["labels"][[row]]).loss.item() for row in range(6)]
+    assert ours.loss(batch, per_example=True).tolist() == pytest.approx(rows, rel=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    for mine, its in names.items():
+        scale = parameters[its].grad.abs().max()
+        assert scale > 0 and (ours.get_parameter(mine).grad - parameters[its].grad).abs().max() < 2e-5 * scale, mine
+
+
+def test_t5_generates_what_transformers_does(tmp_path):
+    torch.manual_seed(1)
+    model = models.T5(T5_SHAPE).eval()
+    with torch.no_grad():
+        model.head.weight[1] *= 2  # so that rows end at different lengths
+    models.save_transformers(model, tmp_path / "folder")
+    import transformers
+
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
+    batch = t5_batch(50, 20, 1)
+    expected = theirs.generate(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), max_new_tokens=40, do_sample=False, num_beams=1)[:, 1:]
+    assert torch.equal(model.generate(batch, 40), expected) and torch.equal(model.generate(batch, 40, use_cache=False), expected)
+    ends = (expected == 1).any(dim=1)
+    assert 5 < ends.sum() < 50 or len(expected.unique(dim=0)) > 25
+    alone = {name: value[7:8] for name, value in batch.items()}
+    length = batch["mask"][7].sum()  # what a row generates does not depend on its padding or its neighbours
+    alone = {"tokens": alone["tokens"][:, :length]}
+    generated = model.generate(alone, 40)[0]
+    assert torch.equal(F.pad(generated, (0, expected.shape[1] - len(generated))), expected[7])
+
+
+def test_t5_in_the_transformers_format(tmp_path, monkeypatch):
+    torch.manual_seed(2)
+    model = models.T5(T5_SHAPE)
+    model.present_layers = [0, 2]
+    models.save_transformers(model, tmp_path / "ours")
+    loaded = models.load_transformers(tmp_path / "ours")
+    batch = t5_batch(3, 20, 5)
+    assert loaded.config.n_layers == 2 and torch.equal(loaded.logits(batch), model.logits(batch))
+    theirs = transformers_t5(T5_SHAPE)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), labels=batch["labels"]).logits
+    torch.testing.assert_close(models.load_transformers(tmp_path / "theirs").logits(batch), expected, rtol=1e-4, atol=1e-4)
+    torch.save(theirs.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")  # as the published t5-v1_1
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    torch.testing.assert_close(models.load_transformers(tmp_path / "theirs").logits(batch), expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    for change, message in (({"model_type": "bart"}, "model_type is 'bart'"), ({"feed_forward_proj": "relu"}, "feed_forward_proj"), ({"d_ff": 81}, "do not fit"),
+                            ({"tie_word_embeddings": True}, "first T5"), ({"num_decoder_layers": 7}, "7 decoder layers"),
+                            ({"num_layers": 5, "num_decoder_layers": 5}, "have no")):  # fmt: skip
+        (tmp_path / "ours" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            models.load_transformers(tmp_path / "ours")
+    with pytest.raises(UserError, match="no readable config.json"):
+        models.load_transformers(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        models.save_transformers(model, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_t5_layers_come_in_pairs():
+    torch.manual_seed(0)
+    model, batch = models.T5(T5_SHAPE), t5_batch(2, 9, 4, padded=False)
+    model.loss(batch, [0, 2]).backward()
+    assert all((parameter.grad is None) == (name.split(".")[1] == "1") for name, parameter in model.layers.named_parameters(prefix="layers"))
+    assert model.encoder_positions.grad is not None
+    model.present_layers = [0, 2]
+    assert torch.equal(model.logits(batch), model.logits(batch, [0, 2])) and not torch.equal(model.logits(batch), model.logits(batch, []))
+
+
 # -- Reference system time -------------------------------------------------------------------------------
 
 

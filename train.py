@@ -451,8 +451,7 @@ def train(config, folder, resume=False):
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
     clock.weights = list(model.parameters())
     if config.compile:
-        for layer in model.layers:
-            layer.compile()
+        model.compile_layers()
     state = SimpleNamespace(wall_seconds=0.0, rows=0, skipped=0, validation_loss=None, log_bytes=0)
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
