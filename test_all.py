@@ -130,7 +130,7 @@ def test_bpe_training_equals_its_definition():
 
 @pytest.mark.parametrize("uncased", [True, False])
 def test_tokenizer_gives_the_normalised_text_back(corpus_folder, uncased):
-    tokenizer = prepare.Tokenizer(prepare.Tokenizer.load(corpus_folder / "tokenizer.json").vocabulary, uncased)
+    tokenizer = prepare.BPETokenizer(prepare.load_tokenizer(corpus_folder).vocabulary, uncased)
     texts = ["Plain text.", "  two  spaces \n\n and\tlines ", "Éléphant naïve Ångström", "[MASK] [SEP] <|x|>", "``quoted'' 'words'",
              "日本語 🙂 \u200d", "x" * 10_000, "\ud800 lone", "", "a_b 12345 ---- //", "İSTANBUL ß ﬁ"]  # fmt: skip
     for text in texts:
@@ -169,7 +169,7 @@ def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
     again = prepare.prepare("invented", corpus_folder.parent / "text.jsonl", 512, folder=tmp_path / "again")
     for name in ("train.bin", "val.bin", "tokenizer.json"):
         assert (again / name).read_bytes() == (corpus_folder / name).read_bytes()
-    tokenizer = prepare.Tokenizer.load(corpus_folder / "tokenizer.json")
+    tokenizer = prepare.load_tokenizer(corpus_folder)
     stored = []
     for part in ("train", "val"):
         tokens = np.fromfile(corpus_folder / f"{part}.bin", np.uint16)
@@ -328,6 +328,83 @@ def test_corruption_counts_and_shares(corpus_folder):
     assert abs(masked - 0.8) < margin and abs(kept - 0.1) < margin
     chosen_per_column = torch.zeros(128).scatter_add(0, batch["positions"].flatten(), torch.ones(count)) / len(positions)
     assert abs(chosen_per_column - 19 / 128).max() < 5 * math.sqrt(0.15 / len(positions)) + 0.01
+
+
+@pytest.fixture(scope="session")
+def t5_folder(corpus_folder, tmp_path_factory):
+    """The same documents for T5: 384 pieces, 512 ids."""
+    folder = tmp_path_factory.mktemp("t5") / "t5-512"
+    return prepare.prepare("invented", corpus_folder.parent / "text.jsonl", 512, folder=folder, model="t5")
+
+
+def test_t5_tokens(t5_folder, corpus_folder, tmp_path):
+    tokenizer, meta = prepare.load_tokenizer(t5_folder), json.loads((t5_folder / "meta.json").read_text())
+    assert tokenizer.size == 512 and meta["first_sentinel"] == 384 + 99 and meta["separator"] == 1
+    tokens = np.fromfile(t5_folder / "train.bin", np.uint16)
+    documents = [tokenizer.decode(document.tolist()) for document in np.split(tokens, np.flatnonzero(tokens == 1) + 1) if len(document)]
+    texts = [json.loads(line)["text"] for line in (corpus_folder.parent / "text.jsonl").read_text().splitlines()]
+    assert set(documents) <= set(texts) and len(documents) == meta["train"]["documents"] > 300
+    assert tokens.max() < 384
+    again = prepare.prepare("again", corpus_folder.parent / "text.jsonl", folder=tmp_path / "again", model="t5", tokenizer=t5_folder / "tokenizer.model")
+    assert (again / "train.bin").read_bytes() == (t5_folder / "train.bin").read_bytes()
+    for options, message in (
+        (dict(model="t5", vocabulary_size=1000), "multiple of 128"),
+        (dict(model="t5", vocabulary_size=8192), "cannot learn so many pieces"),
+        (dict(model="t5", uncased=True), "stays as it is"),
+        (dict(model="t5", tokenizer=corpus_folder / "meta.json"), "not a SentencePiece model"),
+        (dict(tokenizer="x"), "--model=t5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare.prepare("bad", corpus_folder.parent / "text.jsonl", folder=tmp_path / "bad", **options)
+
+
+@pytest.mark.parametrize("row_length, expected", [(512, (568, 85, 28, 512, 114)), (128, (141, 21, 7, 128, 29)), (32, None), (100, None)])
+def test_span_corruption(row_length, expected):
+    meta = {"first_sentinel": 31_999 + 100, "separator": 1}
+    corrupt = corpora.SpanCorruption(row_length, meta)
+    shape = (corrupt.raw_length, corrupt.noise, corrupt.spans, corrupt.read_length, corrupt.predicted_per_row)
+    assert shape == expected or expected is None
+    assert row_length - 1 <= corrupt.read_length <= row_length
+    rows = 10_000 if row_length == 128 else 200
+    raw = torch.randint(2, 32_000, (rows, corrupt.raw_length), generator=torch.Generator().manual_seed(0))
+    batch = corrupt(raw, torch.arange(rows), 5)
+    assert batch["tokens"].shape == (rows, corrupt.read_length) and batch["labels"].shape == (rows, corrupt.predicted_per_row)
+    lengths = collections.Counter()
+    for row, read, labels in zip(raw.tolist(), batch["tokens"].tolist(), batch["labels"].tolist()):
+        assert read[-1] == labels[-1] == 1 and labels[0] == 32_099 and read[-2] >= 32_000 and read[0] < 32_000
+        assert [token for token in read if token >= 32_000] == list(range(32_099, 32_099 - corrupt.spans, -1))  # they descend
+        spans, current = {}, None
+        for token in labels[:-1]:
+            if token >= 32_000:
+                spans[current := token] = []
+            else:
+                spans[current].append(token)
+        assert list(spans) == list(range(32_099, 32_099 - corrupt.spans, -1))
+        assert sum(map(len, spans.values())) == corrupt.noise and all(spans.values())
+        assert [part for token in read[:-1] for part in spans.get(token, [token])] == row  # nothing is lost
+        lengths.update(map(len, spans.values()))
+    if row_length == 128:
+        # The same distribution as the literal random segmentation: a shuffled row of segment starts.
+        generator, literal = np.random.default_rng(0), collections.Counter()
+        for _ in range(rows):
+            starts = np.concatenate([[1], generator.permutation(np.arange(corrupt.noise - 1) < corrupt.spans - 1)])
+            literal.update(np.bincount(np.cumsum(starts) - 1).tolist())
+        seen = sorted(length for length in literal if literal[length] > 50)
+        observed = [[counter[length] for length in seen[:-1]] + [sum(counter[length] for length in counter if length >= seen[-1])] for counter in (lengths, literal)]
+        statistic = sum((a - b) ** 2 / (a + b) for a, b in zip(*observed))
+        degrees = len(seen) - 1
+        assert statistic < degrees + 4 * math.sqrt(2 * degrees), (statistic, degrees)
+    part = corrupt(raw[7:9], torch.arange(7, 9), 5)
+    assert all(torch.equal(part[name], batch[name][7:9]) for name in batch)
+    assert not torch.equal(corrupt(raw[7:9], torch.arange(7, 9), 6)["tokens"], part["tokens"])
+
+
+def test_t5_unigram_entropy(t5_folder):
+    corpus = Corpus(t5_folder, row_length=32, validation_rows=40)
+    rows = torch.from_numpy(corpora.gather_rows(corpus.val_tokens, np.arange(corpus.validation_rows), corpus.raw_length))
+    labels = torch.cat([corpus.objective(rows, torch.arange(len(rows)), key)["labels"] for key in range(200)])
+    shares = torch.bincount(labels.flatten()).double() / labels.numel()
+    assert corpus.unigram_entropy() == pytest.approx(-(shares * shares.log()).nansum().item(), abs=0.1)
 
 
 def test_unigram_entropy(corpus_folder):
@@ -704,6 +781,48 @@ def test_schedule_and_parameter_groups():
     assert not any("norm" in names[id(p)] for p in decay["params"]) and no_decay["weight_decay"] == 0.0
 
 
+def test_the_cosine_schedule_is_the_studys():
+    for q in (0, 1, 5000, 9999, 10_000, 30_000, 65_000, 65_535):
+        expected = 0.5 + 0.5 * q / 10_000 if q < 10_000 else max(1e-5, 0.5 * (1 + math.cos(math.pi * (q - 10_000) / 55_536)))
+        assert baseline.cosine(q / 65_536) == pytest.approx(expected, rel=1e-9)
+    assert baseline.cosine(1.0) == 1e-5
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_scale_equals_its_formula(weight_decay):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator) * scale) for shape, scale in (((7, 5), 1.0), ((5,), 0.1), ((3, 4), 1e-5), ((2, 2), 1.0))]
+    expected = [parameter.detach().double() for parameter in parameters]
+    moments = [[torch.zeros_like(value), torch.zeros_like(value), 0] for value in expected]
+    optimizer = baseline.AdamWScale([{"params": parameters, "weight_decay": weight_decay}], lr=1.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+    for update in range(20):
+        lr = 0.02 / (update + 1)
+        if update == 10:  # as after a resume
+            state = optimizer.state_dict()
+            optimizer = baseline.AdamWScale([{"params": parameters, "weight_decay": weight_decay}], lr=1.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+            optimizer.load_state_dict(state)
+        for index, (parameter, value, moment) in enumerate(zip(parameters, expected, moments)):
+            parameter.grad = None
+            if index == 3 and update < 5:
+                continue  # a layer that is not there yet: no step, no decay
+            # some gradients near eps, where it matters how eps enters
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * 10.0 ** -(update % 8)
+            gradient = parameter.grad.double()
+            moment[0] = 0.9 * moment[0] + 0.1 * gradient
+            moment[1] = 0.999 * moment[1] + 0.001 * gradient**2
+            moment[2] += 1
+            rms = max(1e-3, (value**2).mean().sqrt().item())
+            size = lr * rms * math.sqrt(1 - 0.999 ** moment[2]) / (1 - 0.9 ** moment[2])
+            value -= size * moment[0] / (moment[1].sqrt() + 1e-6)
+            value *= 1 - lr * weight_decay
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        assert all(group["lr"] == lr and group["eps"] == 1e-6 for group in optimizer.param_groups if group["params"][0].grad is not None)
+        for parameter, value in zip(parameters, expected):
+            torch.testing.assert_close(parameter.double(), value, rtol=2e-5, atol=1e-9)
+
+
 METHOD_FILES = {
     "wide": """
         class Wide(Method):
@@ -820,6 +939,38 @@ def test_budget_in_hours(corpus_folder, tmp_path):
 def test_it_learns(corpus_folder, tmp_path):
     result = train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=60", "--validations=1", "--batch=16", "--holdout=0"))
     assert result["validation_loss"] < math.log(512) - 1
+
+
+def t5_run(t5_folder, out, *flags):
+    return small_run(t5_folder, out, "--model=t5", *flags)
+
+
+def test_t5_in_the_loop(project, t5_folder, tmp_path):
+    """One process, two, another micro-batch, killed and resumed: the same; and the rate ends at 1e-5 of its peak."""
+    add_methods(project, "kill")
+    flags = ["--budget_steps=20", "--validations=2", "--checkpoint_minutes=0.00001"]
+    train.main(t5_run(t5_folder, tmp_path / "one", *flags))
+    train.main(t5_run(t5_folder, tmp_path / "micro", *flags, "--micro_batch=4"))
+    two = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *t5_run(t5_folder, tmp_path / "two", *flags, "--threads=1"))
+    assert two.returncode == 0, two.stderr
+    updates, validations = log_of(tmp_path / "one")
+    for other in ("micro", "two"):
+        assert [r["loss"] for r in log_of(tmp_path / other)[0]] == pytest.approx([r["loss"] for r in updates], rel=1e-4)  # unscaled logits, losses near 50: fp32 rounding shows
+    assert [record["lr"] for record in updates] == [0.02 * baseline.cosine(record["progress"]) for record in updates]
+    assert validations[-1]["lr"] == 0.02 * 1e-5 and updates[-1]["loss"] < updates[0]["loss"]
+    killed = command("train.py", *t5_run(t5_folder, tmp_path / "killed", *flags, "--method=kill", "--kill_at=7"), project=project)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = command("train.py", f"--resume={tmp_path / 'killed'}", project=project)
+    assert resumed.returncode == 0, resumed.stderr
+    plain = command("train.py", *t5_run(t5_folder, tmp_path / "plain", *flags), project=project)
+    assert plain.returncode == 0, plain.stderr
+    assert_same_weights(tmp_path / "plain", tmp_path / "killed")
+
+
+def test_tokens_of_the_other_model_are_refused(t5_folder, corpus_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(small_run(t5_folder, tmp_path / "run"))
+    assert "has the tokens of --model=t5, not of bert" in capsys.readouterr().err
 
 
 def test_result_does_not_depend_on_the_micro_batch(corpus_folder, tmp_path):

@@ -64,8 +64,8 @@ class Config:
     method: str = setting("baseline", "a file of methods/, or several joined by +")
     # On what
     data: str = setting(None, "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)")
-    vocabulary: int = setting(None, "size of its vocabulary (base: 32768, else 8192)")
-    row_length: int = setting(128, "tokens a row")
+    vocabulary: int = setting(None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192)")
+    row_length: int = setting(None, "tokens that a row reads (128; t5 from small on: 512)")
     holdout: float = setting(0.2, "share of the rows that is kept from training, for every method alike")
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(None, "rows of the fixed validation set (base: 10000, else 1000)")
@@ -82,13 +82,14 @@ class Config:
     beta2: float = setting(None, "decay of the second moment")
     eps: float = setting(None, "added to the denominator")
     weight_decay: float = setting(None, "decoupled, on matrices only")
+    rms_scaling: bool = setting(None, "scale each tensor's rate by its RMS (t5)")
     clip: float = setting(None, "limit of the global gradient norm")
     seed: int = setting(0, "of initial weights, row order and corruption")
     # How it runs; may change on resume
     device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)")
     dtype: str = setting(None, "fp32, bf16 or fp16 (bf16 on a GPU, fp32 on a CPU)", ("fp32", "bf16", "fp16"))
     compile: bool = setting(False, "compile the layers, one by one")
-    micro_batch: int = setting(None, "rows a forward pass; changes speed and memory only (GPU: 128, CPU: 8)")
+    micro_batch: int = setting(None, "rows a forward pass; changes speed and memory only (CPU: 8; GPU: bert 128, t5 72)")
     threads: int = setting(0, "CPU threads (0: torch's choice)")
     validations: int = setting(4, "how often to validate, evenly over the budget; the last is at its end")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints")
@@ -98,7 +99,9 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads", "checkpoint_minutes", "out", "yes"}
-VOCABULARY = {"tiny": 8192, "small": 8192, "base": 32768}
+VOCABULARY = {"bert": {"tiny": 8192, "small": 8192, "base": 32768}, "t5": {"tiny": 8192, "small": 8192, "base": 32128}}
+ROW_LENGTH = {"bert": {"tiny": 128, "small": 128, "base": 128}, "t5": {"tiny": 128, "small": 512, "base": 512}}
+MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
 VALIDATION_ROWS = {"tiny": 1000, "small": 1000, "base": 10_000}
 STUDY_REFERENCE = {"bert": "rtx3090", "t5": "a100"}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,7 +172,8 @@ def resolve(typed):
     combination = methods.find(values["method"])
     recipe = combination.defaults(values["model"], size)
     defaults = recipe | {
-        "vocabulary": VOCABULARY[size],
+        "vocabulary": VOCABULARY[values["model"]][size],
+        "row_length": ROW_LENGTH[values["model"]][size],
         "validation_rows": VALIDATION_ROWS[size],
         "budget_hours": None if values["budget_steps"] else 0.05,
         "reference": "this" if size == "tiny" else STUDY_REFERENCE[values["model"]],
@@ -177,7 +181,7 @@ def resolve(typed):
     }
     values |= {name: value for name, value in defaults.items() if values[name] is None}
     if values["micro_batch"] is None:
-        values["micro_batch"] = min(values["batch"], 128 if on_gpu else 8)
+        values["micro_batch"] = min(values["batch"], MICRO_BATCH[values["model"]]["cuda" if on_gpu else "cpu"])
     if values["data"] is None:
         prepared = corpus_folder("c4", values["model"], values["vocabulary"]) / "meta.json"
         values["data"] = "c4" if prepared.exists() else "pydocs"
@@ -330,6 +334,12 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def flush_denormals():
+    """Makes the CPU take numbers below 1e-38 for zero: T5's first softmax gradients are full of them, and they
+    double the time of its backward pass. Before the first parallel operation, so that all threads do."""
+    torch.set_flush_denormal(True)
+
+
 class StopSignal:
     """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once, if it
     comes seconds later: torchrun repeats the first one."""
@@ -396,13 +406,13 @@ def open_corpus(config):
     named = Path(config.data)
     folder = named if (named / "meta.json").exists() else corpus_folder(config.data, config.model, config.vocabulary)
     if not (folder / "meta.json").exists():
-        command = [sys.executable, str(ROOT / "data" / "prepare.py"), config.data, f"--vocabulary={config.vocabulary}"]
+        arguments = [config.data, f"--model={config.model}", f"--vocabulary={config.vocabulary}"]
         if config.data != "pydocs":
-            hint = "" if config.data == "c4" else " --files=PATH"
-            raise UserError(f"--data={config.data}: not prepared; run: python data/prepare.py {config.data} --vocabulary={config.vocabulary}{hint}")
+            arguments += [] if config.data == "c4" else ["--files=PATH"]
+            raise UserError(f"--data={config.data}: not prepared; run: python data/prepare.py {' '.join(arguments)}")
         if is_main():
             say("preparing pydocs, the documentation strings of what is installed (once, about a minute)")
-            if (status := subprocess.run(command).returncode) != 0:
+            if (status := subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *arguments]).returncode) != 0:
                 raise UserError(f"preparing pydocs failed (exit status {status})")
     if dist.is_initialized():
         dist.barrier()
@@ -415,6 +425,7 @@ def print_plan(config, folder):
     budget = f"{config.budget_steps} updates" if config.budget_steps else f"{config.budget_hours:g} hours of reference {config.reference}"
     say(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
     say(f"  recipe   batch {config.batch}, lr {config.lr:g}, {config.schedule}, betas ({config.beta1:g}, {config.beta2:g}), "
+        f"{'RMS scaling, ' if config.rms_scaling else ''}"
         f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}")  # fmt: skip
     if config.options:
         say("  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items()))
@@ -441,6 +452,8 @@ def train(config, folder, resume=False):
     if budget_seconds:
         refuse_long(config, budget_seconds / clock.factor, f"factor {clock.factor:.4g}")
     corpus = open_corpus(config)
+    if corpus.meta["model"] != config.model:
+        raise UserError(f"--data={config.data} has the tokens of --model={corpus.meta['model']}, not of {config.model}")
     if corpus.vocabulary_size != config.vocabulary:
         raise UserError(f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not {config.vocabulary}")
     torch.manual_seed(config.seed)
@@ -677,6 +690,7 @@ def start_processes(config):
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
     keep_freed_memory()
+    flush_denormals()
     return config
 
 

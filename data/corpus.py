@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from errors import UserError
 
-from .prepare import CHECKSUM_BYTES, SEPARATOR, SPECIAL_TOKENS, Tokenizer, meta_checksum
+from .prepare import CHECKSUM_BYTES, SENTINELS, SEPARATOR, SPECIAL_TOKENS, load_tokenizer, meta_checksum
 
 MASK = SPECIAL_TOKENS.index("[MASK]")
+NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # of T5's span corruption
 MASK_SHARE = 0.15  # of a row's tokens are predicted (the study, METHODS 2.1); 19 of 128, always
 
 TRAINING, SECOND = 0, 1  # the streams: rows trained on, and rows that only a method's extra passes see
@@ -76,11 +78,115 @@ def permute(numbers, size, key):
     return numbers
 
 
+# -- What a row becomes: deterministic in the row's stream position, static in shape ----------------------
+
+
+def smallest(draws, count):
+    """Columns of the `count` smallest draws of every row, in order: (B, N) int64 below 2^33 -> (B, count).
+    The column breaks ties, so that the choice is the same on every device."""
+    order = draws * draws.shape[1] + torch.arange(draws.shape[1], device=draws.device)
+    return order.topk(count, dim=1, largest=False).indices.sort(dim=1).values
+
+
+class Masking:
+    """BERT's masking (METHODS 2.1) with a fixed count: of every row, round(15%) tokens that are not
+    separators are predicted; of these 80% become [MASK], 10% a random token, 10% stay."""
+
+    def __init__(self, row_length, meta):
+        self.raw_length, self.vocabulary_size = row_length, meta["vocabulary_size"]
+        self.predicted_per_row = round(MASK_SHARE * row_length)
+
+    def __call__(self, tokens, positions, key):
+        """tokens (B, T) and positions (B,) int64 -> dict of `tokens` (B, T), `positions` (B, P) and `labels`
+        (B, P), with P = `predicted_per_row`."""
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        draws = hash_of(key, positions[:, None], columns)  # (B, T)
+        # Separators come last. A document has at least one token before its separator, so half of every
+        # row can be chosen.
+        chosen = smallest(draws + (tokens == SEPARATOR) * (1 << 32), self.predicted_per_row)
+        labels = tokens.gather(1, chosen)
+        fate = hash_of(key, 1, positions[:, None], chosen)
+        random_token = (hash_of(key, 2, positions[:, None], chosen) * self.vocabulary_size) >> 32
+        replacement = torch.where(fate < int(0.8 * 2**32), MASK, torch.where(fate < int(0.9 * 2**32), random_token, labels))
+        return {"tokens": tokens.scatter(1, chosen, replacement), "positions": chosen, "labels": labels}
+
+    def label_counts(self, token_counts, rows):
+        """How often each token is a label, up to a factor, from how often it occurs in so many rows."""
+        token_counts[SEPARATOR] = 0
+        return token_counts
+
+
+class SpanCorruption:
+    """T5's span corruption (METHODS 2.2; Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans
+    of three on average, are replaced by sentinels in what is read, and are what is predicted.
+
+        read:    clean_0 S_0 clean_1 S_1 ... </s>          predicted:    S_0 noise_0 S_1 noise_1 ... </s>
+
+    The numbers of noise tokens and of spans are fixed, so a row reads `row_length` tokens (or just below,
+    where no raw length gives it exactly) and predicts `predicted_per_row`, without padding.
+    """
+
+    def __init__(self, row_length, meta):
+        def lengths(raw):
+            noise = max(1, round(raw * NOISE_DENSITY))
+            spans = max(1, round(noise / MEAN_SPAN))
+            return noise, spans, raw - noise + spans + 1
+
+        self.raw_length = 2
+        while lengths(self.raw_length + 1)[2] <= row_length:
+            self.raw_length += 1
+        self.noise, self.spans, self.read_length = lengths(self.raw_length)
+        self.predicted_per_row = self.noise + self.spans + 1
+        self.first_sentinel, self.end = meta["first_sentinel"], meta["separator"]
+        if self.spans > SENTINELS:
+            raise UserError(f"--row_length={row_length} needs {self.spans} sentinels; there are {SENTINELS}")
+
+    def segment(self, items, key, positions):
+        """A uniformly random way to cut `items` into `spans` segments of at least one: (B, spans) ends of
+        the segments."""
+        gaps = torch.arange(items - 1, device=positions.device)
+        ends = smallest(hash_of(key, positions[:, None], gaps), self.spans - 1) + 1
+        return F.pad(ends, (0, 1), value=items)
+
+    def interleave(self, tokens, sentinel_columns, skipped, length):
+        """`length` columns: sentinels at `sentinel_columns` (B, spans), and between them the raw tokens in
+        order, leaving out `skipped[:, n]` of them in all by the time that n sentinels have passed."""
+        columns = torch.arange(length, device=tokens.device)
+        is_sentinel = torch.zeros(len(tokens), length, dtype=torch.long, device=tokens.device).scatter_(1, sentinel_columns, 1)
+        passed = is_sentinel.cumsum(dim=1)
+        raw = (columns - passed + skipped.gather(1, passed)).clamp(max=self.raw_length - 1)  # the clamp: at sentinels only
+        row = torch.where(is_sentinel.bool(), self.first_sentinel + 1 - passed, tokens.gather(1, raw))
+        return F.pad(row, (0, 1), value=self.end)
+
+    def __call__(self, tokens, positions, key):
+        """tokens (B, raw_length) and positions (B,) int64 -> dict of `tokens` (B, read_length) and `labels`
+        (B, predicted_per_row)."""
+        noise = self.segment(self.noise, hash_of(key, 1), positions)  # ends, counted in noise tokens alone
+        clean = self.segment(self.raw_length - self.noise, hash_of(key, 2), positions)
+        number = torch.arange(self.spans, device=tokens.device)
+        from_zero = F.pad(noise, (1, 0))
+        read = self.interleave(tokens, clean + number, from_zero, self.read_length - 1)
+        labels = self.interleave(tokens, from_zero[:, :-1] + number, F.pad(clean, (1, 0)), self.predicted_per_row - 1)
+        return {"tokens": read, "labels": labels}
+
+    def label_counts(self, token_counts, rows):
+        """As Masking's: the noise tokens' share, and in every row each sentinel and the end once. Nearly so: a
+        row's first token is never noise, its last one always."""
+        counts = token_counts * (self.noise / self.raw_length)
+        counts[self.first_sentinel - self.spans + 1 : self.first_sentinel + 1] += rows
+        counts[self.end] += rows
+        return counts
+
+
+OBJECTIVES = {"bert": Masking, "t5": SpanCorruption}
+
+
 # -- The corpus --------------------------------------------------------------------------------------------
 
 
 class Corpus:
-    """A prepared folder as rows of `row_length` tokens.
+    """A prepared folder as rows; a row of BERT reads `row_length` tokens of the stream, one of T5 is made of
+    `raw_length` (more) so that it reads `row_length`.
 
     Args:
         folder: what `data/prepare.py` wrote. It is verified; a UserError names what cannot be trusted.
@@ -95,25 +201,26 @@ class Corpus:
         self.folder, self.seed, self.device, self.row_length = Path(folder), seed, torch.device(device), row_length
         self.meta = load_meta(self.folder)
         self.vocabulary_size = self.meta["vocabulary_size"]
-        self.predicted_per_row = round(MASK_SHARE * row_length)
+        self.objective = OBJECTIVES[self.meta["model"]](row_length, self.meta)
+        self.raw_length, self.predicted_per_row = self.objective.raw_length, self.objective.predicted_per_row
         self.train_tokens, self.val_tokens = (load_tokens(self.folder, part, self.meta) for part in ("train", "val"))
-        all_rows = len(self.train_tokens) // row_length
+        all_rows = len(self.train_tokens) // self.raw_length
         holdout_rows = int(all_rows * holdout)
         # Holdout and training are two ends of one permutation that no seed changes.
         self.first_row = holdout_rows if train_on == "training" else 0
         self.rows = all_rows - holdout_rows if train_on == "training" else holdout_rows
         self.all_rows = all_rows
-        self.validation_rows = min(validation_rows, len(self.val_tokens) // row_length)
+        self.validation_rows = min(validation_rows, len(self.val_tokens) // self.raw_length)
         if self.rows < 1 or self.validation_rows < 1:
             raise UserError(
-                f"{folder}: {self.rows} rows of {row_length} tokens to train on and {self.validation_rows} to validate on; "
+                f"{folder}: {self.rows} rows of {self.raw_length} tokens to train on and {self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
         self.position = [0, 0]  # of each stream: the first position that was not drawn yet
 
     @property
     def tokenizer(self):
-        return Tokenizer.load(self.folder / "tokenizer.json")
+        return load_tokenizer(self.folder)
 
     # The streams
 
@@ -137,23 +244,23 @@ class Corpus:
     def read_ahead(self, positions, stream):
         """Tells the system which rows come next, so that a corpus larger than memory is read in time."""
         if hasattr(mmap, "MADV_WILLNEED") and isinstance(self.train_tokens, np.memmap):
-            bytes_per_row = 2 * self.row_length
+            bytes_per_row = 2 * self.raw_length
             for row in self.row_indices(positions, stream).tolist():
                 start = row * bytes_per_row // mmap.PAGESIZE * mmap.PAGESIZE
                 self.train_tokens._mmap.madvise(mmap.MADV_WILLNEED, start, (row + 1) * bytes_per_row - start)
 
     def batch(self, positions, stream=TRAINING):
         """The corrupted rows at stream positions (a pure function): a batch for the model."""
-        rows = gather_rows(self.train_tokens, self.row_indices(positions, stream), self.row_length)
-        return self.corrupt(self.to_device(rows), self.to_device(np.asarray(positions, dtype=np.int64)), hash_of(self.seed, stream))
+        rows = gather_rows(self.train_tokens, self.row_indices(positions, stream), self.raw_length)
+        return self.objective(self.to_device(rows), self.to_device(np.asarray(positions, dtype=np.int64)), hash_of(self.seed, stream))
 
     def validation_batches(self, rows_per_batch, process=0, processes=1):
         """The fixed validation rows of this process in batches, corrupted the same way in every run."""
         indices = np.arange(process, self.validation_rows, processes)
         for first in range(0, len(indices), rows_per_batch):
             here = indices[first : first + rows_per_batch]
-            tokens = self.to_device(gather_rows(self.val_tokens, here, self.row_length))
-            yield self.corrupt(tokens, self.to_device(here), hash_of(0, VALIDATION))
+            tokens = self.to_device(gather_rows(self.val_tokens, here, self.raw_length))
+            yield self.objective(tokens, self.to_device(here), hash_of(0, VALIDATION))
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -161,33 +268,11 @@ class Corpus:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    # Corruption
-
-    def corrupt(self, tokens, positions, key):
-        """BERT's masking (METHODS 2.1) with a fixed count: of every row, round(15%) tokens that are not
-        separators are predicted; of these 80% become [MASK], 10% a random token, 10% stay.
-
-        tokens (B, T) int64 and positions (B,) int64 -> dict of `tokens` (B, T), `positions` (B, P) and
-        `labels` (B, P), with P = `predicted_per_row`.
-        """
-        T, P = tokens.shape[1], self.predicted_per_row
-        columns = torch.arange(T, device=tokens.device)
-        draws = hash_of(key, positions[:, None], columns)  # (B, T)
-        # The P smallest draws are chosen. The column breaks ties, separators come last. A document has at
-        # least one token before its separator, so half of every row can be chosen.
-        order = (draws + (tokens == SEPARATOR) * (1 << 32)) * T + columns
-        chosen = order.topk(P, dim=1, largest=False).indices.sort(dim=1).values  # (B, P)
-        labels = tokens.gather(1, chosen)
-        fate = hash_of(key, 1, positions[:, None], chosen)
-        random_token = (hash_of(key, 2, positions[:, None], chosen) * self.vocabulary_size) >> 32
-        replacement = torch.where(fate < int(0.8 * 2**32), MASK, torch.where(fate < int(0.9 * 2**32), random_token, labels))
-        return {"tokens": tokens.scatter(1, chosen, replacement), "positions": chosen, "labels": labels}
-
     def unigram_entropy(self):
-        """Entropy in nats of the validation tokens' frequencies, separators apart: the loss of a model
-        that knows the frequencies and reads no context."""
-        tokens = self.val_tokens[: self.validation_rows * self.row_length]
-        counts = np.bincount(tokens[tokens != SEPARATOR])
+        """Entropy in nats of the labels' frequencies on the validation rows: the loss of a model that knows
+        the frequencies and reads no context."""
+        tokens = self.val_tokens[: self.validation_rows * self.raw_length]
+        counts = self.objective.label_counts(np.bincount(tokens, minlength=self.vocabulary_size).astype(float), self.validation_rows)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
@@ -214,7 +299,7 @@ def load_meta(folder):
         raise UserError(f"{path} is damaged; prepare the corpus again") from None
     if not isinstance(meta, dict) or meta.get("checksum") != meta_checksum(meta):
         raise UserError(f"{path} was changed after it was written; prepare the corpus again")
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder / meta["tokenizer"]
     if not tokenizer.exists() or zlib.crc32(tokenizer.read_bytes()) != meta["tokenizer_checksum"]:
         raise UserError(f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus again")
     return meta

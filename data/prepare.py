@@ -4,8 +4,8 @@
     python data/prepare.py NAME --files='folder/*.json.gz'    your own files: a file, a folder or a glob
     python data/prepare.py c4 --shards=8                      the first public C4 shards, downloaded
 
-writes data/NAME/bert-VOCABULARY/: `train.bin` and `val.bin` (uint16 tokens, every document ended by
-[SEP]), `tokenizer.json` and `meta.json` (counts, source, versions, checksums), together or not at all: a
+(with --model=t5 for T5) writes data/NAME/MODEL-VOCABULARY/: `train.bin` and `val.bin` (uint16 tokens,
+every document ended by [SEP] or </s>), the tokenizer and `meta.json` (counts, source, versions, checksums), together or not at all: a
 preparation that fails leaves the corpus that was there.
 
 Files: `.txt` (documents separated by blank lines), `.json` and `.jsonl` (a JSON object with a string
@@ -24,6 +24,7 @@ import glob
 import gzip
 import hashlib
 import heapq
+import io
 import http.client
 import importlib.metadata
 import importlib.util
@@ -37,6 +38,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import textwrap
 import time
 import unicodedata
 import urllib.error
@@ -45,6 +47,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import tiktoken
 from tqdm import tqdm
 
@@ -54,12 +57,12 @@ from errors import Parser, UserError, exits_on_user_error  # noqa: E402
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
+SENTINELS = 100  # of T5
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en"
 C4_SHARDS = 1024
 SUFFIXES = tuple(kind + packed for kind in (".txt", ".json", ".jsonl") for packed in ("", ".gz"))
 
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
-SAMPLE_BYTES = 64 << 20  # text that the tokenizer is trained on
 SAMPLE_FILES = 64  # files that the sample is taken from, evenly spaced
 VALIDATION_SHARE = 0.02  # at most this share of the text ...
 VALIDATION_TOKENS = 10_000 * 128 * 1.1  # ... and about this many tokens (10,000 rows of 128, and a margin)
@@ -135,11 +138,16 @@ def train_bpe(word_counts, size):
     return vocabulary
 
 
-class Tokenizer:
-    """Byte-level BPE, run by tiktoken. Ids 0 to 4 are the special tokens, which no text encodes to.
+class BPETokenizer:
+    """BERT's: byte-level BPE, trained here, run by tiktoken. Ids 0 to 4 are the special tokens, which no text
+    encodes to.
 
     `encode(text)` normalises first; `decode(encode(text)) == normalise(text, tokenizer.uncased)`.
     """
+
+    file_name = "tokenizer.json"
+    sample_bytes = 64 << 20  # text that it is trained on
+    separator = SEPARATOR
 
     def __init__(self, vocabulary, uncased):
         self.vocabulary, self.uncased = vocabulary, uncased
@@ -152,24 +160,105 @@ class Tokenizer:
             special_tokens={token: index for index, token in enumerate(SPECIAL_TOKENS)},
         )
 
+    @staticmethod
+    def sample(texts, uncased):
+        """What training needs of some texts: the counts of their words."""
+        words = collections.Counter()
+        for text in texts:
+            words.update(re.findall(PATTERN, normalise(text, uncased)))
+        return words
+
+    @classmethod
+    def train(cls, samples, vocabulary_size, uncased):
+        words = collections.Counter()
+        for counted in samples:
+            words.update(counted)
+        # Words seen once tell the merges little and are most of the memory.
+        frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(sorted(words.items()))
+        return cls(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased) if words else None
+
     def encode(self, text):
         return self.encoding.encode_ordinary(normalise(text, self.uncased))
 
     def decode(self, tokens):
         return self.encoding.decode(tokens)
 
-    def save(self, path):
+    def save(self, folder):
         tokens = [base64.b64encode(token).decode() for token in self.vocabulary]
-        Path(path).write_text(json.dumps({"uncased": self.uncased, "vocabulary": tokens}))
+        (Path(folder) / self.file_name).write_text(json.dumps({"uncased": self.uncased, "vocabulary": tokens}))
 
     @classmethod
-    @functools.cache  # a worker loads it once
     def load(cls, path):
+        stored = json.loads(Path(path).read_text())
+        return cls([base64.b64decode(token) for token in stored["vocabulary"]], stored["uncased"])
+
+
+class SentencePieceTokenizer:
+    """T5's: a SentencePiece unigram model (Kudo 2018), trained here or given, and behind its pieces 100
+    sentinels; the vocabulary is padded to a multiple of 128 (32,000 pieces: 32,128). Ids 0 to 2 are
+    <pad>, </s> and <unk>; the first sentinel of a row is the last of the 100.
+    """
+
+    file_name = "tokenizer.model"
+    sample_bytes = 16 << 20  # SentencePiece holds it in memory many times over
+    separator = 1
+
+    def __init__(self, model, uncased=False):
+        self.model, self.processor = model, sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = self.processor.get_piece_size()
+        self.size = -(-(pieces + SENTINELS) // 128) * 128
+        self.first_sentinel = pieces + SENTINELS - 1
+        if self.processor.pad_id() != 0 or self.processor.eos_id() != self.separator:
+            raise ValueError("its <pad> is not 0 or its </s> not 1, as T5's are")
+
+    @staticmethod
+    def sample(texts, uncased):
+        """What training needs of some texts: the texts, in pieces of a few hundred characters."""
+        return [part for text in texts for line in normalise(text, uncased).splitlines() for part in textwrap.wrap(line, 1000, break_on_hyphens=False)]
+
+    @classmethod
+    def train(cls, samples, vocabulary_size, uncased):
+        texts = [text for part in samples for text in part]
+        if not texts:
+            return None
+        written = io.BytesIO()
         try:
-            stored = json.loads(Path(path).read_text())
-            return cls([base64.b64decode(token) for token in stored["vocabulary"]], stored["uncased"])
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is not a tokenizer of ours ({error}); prepare the corpus again") from None
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=written, model_type="unigram", vocab_size=vocabulary_size - 128,
+                pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=0.9995, num_threads=2, minloglevel=2,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise UserError(f"--vocabulary={vocabulary_size}: SentencePiece cannot learn so many pieces ({str(error).splitlines()[-1]}); give it more text or ask for fewer") from None
+        return cls(written.getvalue())
+
+    def encode(self, text):
+        return self.processor.encode(normalise(text, False))
+
+    def decode(self, tokens):
+        return self.processor.decode([token for token in tokens if token < self.processor.get_piece_size()])
+
+    def save(self, folder):
+        (Path(folder) / self.file_name).write_bytes(self.model)
+
+    @classmethod
+    def load(cls, path):
+        return cls(Path(path).read_bytes())
+
+
+TOKENIZERS = {"bert": BPETokenizer, "t5": SentencePieceTokenizer}
+
+
+@functools.cache  # a worker loads it once
+def load_tokenizer(folder):
+    """The tokenizer of a prepared folder."""
+    for kind in TOKENIZERS.values():
+        path = Path(folder) / kind.file_name
+        if path.exists():
+            try:
+                return kind.load(path)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                raise UserError(f"{path} is not a tokenizer of ours ({error}); prepare the corpus again") from None
+    raise UserError(f"{folder}: no tokenizer here; prepare the corpus again")
 
 
 # -- Sources: each yields blocks (name, number of the first line, lines as bytes) -----------------------
@@ -341,18 +430,14 @@ def document_hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64
 
 
-def count_words(block, share, uncased):
-    """Words of the sampled documents of a block, with their counts; and the block's bytes."""
-    words = collections.Counter()
-    for text in documents(block):
-        if document_hash(text) < share:
-            words.update(re.findall(PATTERN, normalise(text, uncased)))
-    return words
+def take_sample(block, share, kind, uncased):
+    """What the tokenizer's training needs of the sampled documents of a block."""
+    return kind.sample((text for text in documents(block) if document_hash(text) < share), uncased)
 
 
-def encode_block(block, tokenizer_path, validation_share):
+def encode_block(block, folder, validation_share):
     """(training tokens, validation tokens, documents of each) of a block; empty documents are left out."""
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(folder)
     tokens, count = ([], []), [0, 0]
     for text in documents(block):
         encoded = tokenizer.encode(text)
@@ -360,7 +445,7 @@ def encode_block(block, tokenizer_path, validation_share):
             # 1 - hash: in a large corpus the validation documents are not in the tokenizer's sample.
             part = int(1 - document_hash(text) <= validation_share)
             tokens[part].extend(encoded)
-            tokens[part].append(SEPARATOR)
+            tokens[part].append(tokenizer.separator)
             count[part] += 1
     return np.array(tokens[0], np.uint16), np.array(tokens[1], np.uint16), count
 
@@ -405,44 +490,45 @@ def meta_checksum(meta):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def encode(files, folder, vocabulary_size, uncased, source):
-    """Trains the tokenizer on a sample of `files`, encodes them all into `folder`, writes meta.json."""
+def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=None):
+    """Trains the tokenizer on a sample of `files`, if none is given, encodes them all into `folder`, writes
+    meta.json."""
     started = time.perf_counter()
     total_bytes = sum(map(estimated_bytes, files))
-    spacing = max(1, len(files) // SAMPLE_FILES)
-    sampled = files[::spacing]
-    share = min(1.0, SAMPLE_BYTES / max(1, sum(map(estimated_bytes, sampled))))
-    tokenizer_path = folder / "tokenizer.json"
+    kind = TOKENIZERS[model]
     with workers() as pool:
-        words = collections.Counter()
-        blocks = (block for path in sampled for block in file_blocks(path))
-        for counted in tqdm(in_parallel(pool, count_words, blocks, share, uncased), "sampling", unit=" blocks", disable=None):
-            words.update(counted)
-        if not words:
-            raise UserError(f"{source['files']}: no text in it")
-        # Words seen once tell the merges little and are most of the memory.
-        frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(sorted(words.items()))
-        Tokenizer(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased).save(tokenizer_path)
+        if tokenizer is None:
+            sampled = files[:: max(1, len(files) // SAMPLE_FILES)]
+            share = min(1.0, kind.sample_bytes / max(1, sum(map(estimated_bytes, sampled))))
+            blocks = (block for path in sampled for block in file_blocks(path))
+            samples = tqdm(in_parallel(pool, take_sample, blocks, share, kind, uncased), "sampling", unit=" blocks", disable=None)
+            tokenizer = kind.train(samples, vocabulary_size, uncased)
+            if tokenizer is None:
+                raise UserError(f"{source['files']}: no text in it")
+        tokenizer.save(folder)
         trained = time.perf_counter()
         validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS / max(1, total_bytes / 4.5))
         count, tokens = [0, 0], [0, 0]
         blocks = (block for path in files for block in file_blocks(path))
         with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as validation:
             with tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar:
-                for *encoded, documents_here in in_parallel(pool, encode_block, blocks, tokenizer_path, validation_share):
+                for *encoded, documents_here in in_parallel(pool, encode_block, blocks, folder, validation_share):
                     for part, file in enumerate((train, validation)):
                         file.write(encoded[part].tobytes())
                         tokens[part] += len(encoded[part])
                         count[part] += documents_here[part]
                     bar.update(len(encoded[0]) + len(encoded[1]))
     meta = {
-        "model": "bert",
+        "model": model,
         "vocabulary_size": vocabulary_size,
+        "separator": tokenizer.separator,
+        "first_sentinel": getattr(tokenizer, "first_sentinel", None),
         "uncased": uncased,
         "source": source,
         "train": {"documents": count[0], "tokens": tokens[0], "checksums": block_checksums(folder / "train.bin")},
         "val": {"documents": count[1], "tokens": tokens[1], "checksums": block_checksums(folder / "val.bin")},
-        "tokenizer_checksum": zlib.crc32(tokenizer_path.read_bytes()),
+        "tokenizer": kind.file_name,
+        "tokenizer_checksum": zlib.crc32((folder / kind.file_name).read_bytes()),
     }
     meta["checksum"] = meta_checksum(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -457,11 +543,23 @@ def corpus_folder(name, model, vocabulary_size):
     return ROOT / "data" / name / f"{model}-{vocabulary_size}"
 
 
-def prepare(name, files=None, vocabulary_size=8192, uncased=True, shards=1, base_url=C4_URL, folder=None):
-    """Prepares corpus `name`; see the module's docstring. Returns its folder."""
-    folder = Path(folder) if folder else corpus_folder(name, "bert", vocabulary_size)
-    if not len(SPECIAL_TOKENS) + 256 <= vocabulary_size <= 65536:
-        raise UserError(f"--vocabulary={vocabulary_size}: expected {len(SPECIAL_TOKENS) + 256} (the bytes) to 65536 (16 bits)")
+def prepare(name, files=None, vocabulary_size=8192, uncased=None, shards=1, base_url=C4_URL, folder=None, model="bert", tokenizer=None):
+    """Prepares corpus `name` for a model; see the module's docstring. Returns its folder."""
+    if uncased and model == "t5":
+        raise UserError("--uncased: T5's text stays as it is (the study); leave the flag out")
+    uncased = model == "bert" if uncased is None else uncased
+    if tokenizer is not None:
+        if model != "t5":
+            raise UserError(f"--tokenizer={tokenizer}: a SentencePiece model, which is T5's: --model=t5")
+        try:
+            tokenizer = SentencePieceTokenizer.load(tokenizer)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--tokenizer={tokenizer}: not a SentencePiece model for T5 ({error})") from None
+        vocabulary_size = tokenizer.size
+    least = len(SPECIAL_TOKENS) + 256 if model == "bert" else 256
+    if not least <= vocabulary_size <= 65536 or (model == "t5" and vocabulary_size % 128):
+        raise UserError(f"--vocabulary={vocabulary_size}: expected {least} to 65536 (16 bits)" + (", a multiple of 128" if model == "t5" else ""))
+    folder = Path(folder) if folder else corpus_folder(name, model, vocabulary_size)
     if files:
         source = {"files": str(files)}
         found = local_files(str(files))
@@ -485,7 +583,7 @@ def prepare(name, files=None, vocabulary_size=8192, uncased=True, shards=1, base
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        encode(found or write_pydocs(work), work, vocabulary_size, uncased, source)
+        encode(found or write_pydocs(work), work, model, vocabulary_size, uncased, source, tokenizer)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     finally:
@@ -507,12 +605,17 @@ def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("name", help="pydocs, c4, or a name for your own files")
     parser.add_argument("--files", help="your own text: a file, a folder or a quoted glob")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens (8192; the study's base model: 32768)")
-    parser.add_argument("--uncased", type=boolean, default=True, help="lower-case and strip accents (true)")
+    parser.add_argument("--model", choices=list(TOKENIZERS), default="bert", help="which model's tokens (bert)")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens (8192; the study's base models: bert 32768, t5 32128)")
+    parser.add_argument("--uncased", type=boolean, help="lower-case and strip accents (bert: true)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="t5: a SentencePiece model, as T5's spiece.model, instead of training one")
     parser.add_argument("--shards", type=int, default=1, help="c4: how many of its 1024 shards (1)")
     parser.add_argument("--base_url", default=C4_URL, help="c4: where the shards are")
     options = parser.parse_args(arguments)
-    prepare(options.name, options.files, options.vocabulary, options.uncased, options.shards, options.base_url)
+    prepare(
+        options.name, options.files, options.vocabulary, options.uncased, options.shards, options.base_url,
+        model=options.model, tokenizer=options.tokenizer,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Paper: Kaddour et al. 2023, "No Train No Gain" (arXiv 2307.06440), section 4; the recipe is that of crammed
 BERT (Geiping and Goldstein 2023).
-Idea: AdamW, every layer, every row once, and a learning rate that reaches zero exactly when the budget
+Idea: AdamW (T5: with its rate scaled by each tensor's RMS), every layer, every row once, and a learning rate that reaches zero exactly when the budget
 is spent. That last part is what the study found to beat most speed-ups.
 Cost: 1, by definition.
 Where we differ from the release: norms, biases and the position scalar have no weight decay (there, only
@@ -12,6 +12,7 @@ A method is a file `methods/NAME.py` with one subclass of `Method`. It overrides
 below and sees the model, the corpus, the clock and the configuration, never the loop.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +41,20 @@ class Method:
         "bert": {
             # METHODS 4.1: the study's recipe.
             "base": dict(
-                batch=1536, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01, clip=0.5, schedule="one_cycle"
+                batch=1536, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01, clip=0.5, schedule="one_cycle",
+                rms_scaling=False,
             ),
             "small": dict(batch=32, lr=1e-3),
             "tiny": dict(batch=8, lr=2e-3),
+        },
+        "t5": {
+            # METHODS 4.2: the study's recipe.
+            "base": dict(
+                batch=144, lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.0, clip=1.0, schedule="cosine",
+                rms_scaling=True,
+            ),
+            "small": dict(batch=16),
+            "tiny": dict(batch=8),
         },
     }
     draws_per_update = {}
@@ -64,7 +75,7 @@ class Method:
     def optimizer(self):
         """Who updates the weights? Returns a torch optimizer; the loop sets its groups' "lr"."""
         config = self.config
-        return torch.optim.AdamW(
+        return (AdamWScale if config.rms_scaling else torch.optim.AdamW)(
             parameter_groups(self.model, config.weight_decay),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
@@ -111,4 +122,54 @@ def one_cycle(progress):
     return 2 * progress if progress < 0.5 else 2 * (1 - progress)
 
 
-SCHEDULES = {"one_cycle": one_cycle}
+WARM_UP = 10_000 / 65_536  # share of the budget (the study's updates, at any budget)
+
+
+def cosine(progress):
+    """The study's T5 schedule: from half the peak up to it in the first 15.26% of the budget, then down half
+    a cosine, to 1e-5 of the peak at its end."""
+    if progress < WARM_UP:
+        return 0.5 + 0.5 * progress / WARM_UP
+    return max(1e-5, 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))))
+
+
+SCHEDULES = {"one_cycle": one_cycle, "cosine": cosine}
+
+
+def rms_scales(parameters):
+    """max(1e-3, root mean square) of each tensor, as 0-dim tensors on its device: what T5's optimizers
+    multiply the rate with (nanoT5; Adafactor's "relative step", Shazeer and Stern 2018)."""
+    norms = torch._foreach_norm(parameters)
+    return torch._foreach_clamp_min(torch._foreach_div(norms, [parameter.numel() ** 0.5 for parameter in parameters]), 1e-3)
+
+
+class AdamWScale(torch.optim.AdamW):
+    """AdamW whose rate is scaled by every tensor's RMS before the update (METHODS 4.2):
+
+        theta <- theta - lr * max(1e-3, RMS(theta)) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
+        theta <- theta - lr * weight_decay * theta
+
+    It runs on the fused kernel of AdamW: a group for every tensor carries its rate, and eps is divided by
+    sqrt(1 - beta2^t), because that kernel adds eps to the corrected sqrt(v).
+    """
+
+    def __init__(self, groups, **options):
+        groups = [group | {"params": [parameter]} for group in groups for parameter in group["params"]]
+        super().__init__(groups, **options)
+        self._step_supports_amp_scaling = False  # in fp16 the scaler calls `step` only where nothing overflowed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        used = [group for group in self.param_groups if group["params"][0].grad is not None]
+        scales = rms_scales([group["params"][0] for group in used])
+        if used[0]["params"][0].device.type == "cpu":
+            scales = torch.stack(scales).tolist()  # nothing to wait for
+        plain = [(group["lr"], group["eps"], group["weight_decay"]) for group in used]
+        for group, scale, (lr, eps, weight_decay) in zip(used, scales, plain):
+            group["updates"] = group.get("updates", 0) + 1  # of this tensor: a layer may come later
+            group["lr"], group["eps"], group["weight_decay"] = lr * scale, eps / (1 - group["betas"][1] ** group["updates"]) ** 0.5, 0.0
+        super().step(closure)
+        for group, (lr, eps, weight_decay) in zip(used, plain):
+            group["lr"], group["eps"], group["weight_decay"] = lr, eps, weight_decay
+            if weight_decay:
+                group["params"][0].mul_(1 - lr * weight_decay)
