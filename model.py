@@ -107,9 +107,21 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C), of x to itself, or to `keys_values`. `bias` is added to the products and
         broadcast to (B, H, T, T of the keys)."""
         k, v = self.keys_values(x) if keys_values is None else keys_values
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(self.split(self.query(x)), k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
+        q, dropout = self.split(self.query(x)), self.dropout if self.training else 0.0
+        if bias is not None and bias.requires_grad and x.device.type == "cpu":
+            y = attention_with_learned_bias(q, k, v, bias, self.scale, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
         return self.output(y.transpose(1, 2).flatten(2))
+
+
+def attention_with_learned_bias(q, k, v, bias, scale=None, dropout=0.0):
+    """scaled_dot_product_attention for a bias with a gradient: there torch has no fused kernel on a CPU, and
+    its general path makes more passes over the (B, H, T, T) products than these."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    products = (q if scale == 1.0 else q * scale) @ k.transpose(-2, -1)
+    weights = (products + bias).softmax(dim=-1)
+    return F.dropout(weights, dropout, dropout > 0) @ v
 
 
 class GatedFeedForward(nn.Module):
