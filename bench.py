@@ -6,7 +6,7 @@
     python bench.py load      updates that a budget buys with one thread, two, and two beside a busy process
 
 What is compared is interleaved in one run, because a shared machine's speed changes from minute to
-minute; every figure is the median over the repeats.
+minute; every time is the median over the repeats (`load` prints every repeat).
 """
 
 import gc
@@ -155,7 +155,7 @@ def depth(repeats):
 def load(repeats, budget_hours=6e-5):
     """Runs of the tiny model budgeted in rtx3090 time under three loads, with and without re-probing."""
     print(f"updates within {budget_hours:g} hours of rtx3090\n| re-probing | 1 thread | 2 threads | 2 threads beside a busy process | spread |\n|---|---|---|---|---|")
-    for reprobe in ("true", "false"):
+    for reprobe in ("true", "false") * repeats:
         updates, walls = [], []
         for threads, busy in ((1, False), (2, False), (2, True)):
             with tempfile.TemporaryDirectory() as folder:
@@ -184,6 +184,8 @@ def main(arguments=None):
     parser.add_argument("bench", choices=list(benches))
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args(arguments)
+    if options.repeats is not None and options.repeats < 1:
+        raise UserError(f"--repeats={options.repeats}: expected at least 1")
     train.keep_freed_memory()
     function, repeats = benches[options.bench]
     function(options.repeats or repeats)

@@ -421,6 +421,7 @@ def test_unigram_entropy(corpus_folder):
         (lambda folder: (folder / "train.bin").write_bytes(b"\1" * (folder / "train.bin").stat().st_size), "checksum"),
         (lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("bert", "t5")), "was changed"),
         (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "meta.json").write_text(json.dumps({"checksum": prepare.meta_checksum({})})), "another version"),
         (lambda folder: (folder / "meta.json").unlink(), "no corpus here"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or not"),
     ],
@@ -634,8 +635,7 @@ def test_t5_generates_what_transformers_does(tmp_path):
     batch = t5_batch(50, 20, 1)
     expected = theirs.generate(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), max_new_tokens=40, do_sample=False, num_beams=1)[:, 1:]
     assert torch.equal(model.generate(batch, 40), expected) and torch.equal(model.generate(batch, 40, use_cache=False), expected)
-    ends = (expected == 1).any(dim=1)
-    assert 5 < ends.sum() < 50 or len(expected.unique(dim=0)) > 25
+    assert 5 < (expected == 1).any(dim=1).sum() < 50  # some rows end, some do not
     alone = {name: value[7:8] for name, value in batch.items()}
     length = batch["mask"][7].sum()  # what a row generates does not depend on its padding or its neighbours
     alone = {"tokens": alone["tokens"][:, :length]}

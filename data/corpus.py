@@ -30,6 +30,7 @@ MASK_SHARE = 0.15  # of a row's tokens are predicted (the study, METHODS 2.1); 1
 
 TRAINING, SECOND = 0, 1  # the streams: rows trained on, and rows that only a method's extra passes see
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
+META_KEYS = {"model", "vocabulary_size", "separator", "first_sentinel", "train", "val", "tokenizer", "tokenizer_checksum"}
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
 
 
@@ -299,6 +300,8 @@ def load_meta(folder):
         raise UserError(f"{path} is damaged; prepare the corpus again") from None
     if not isinstance(meta, dict) or meta.get("checksum") != meta_checksum(meta):
         raise UserError(f"{path} was changed after it was written; prepare the corpus again")
+    if not META_KEYS <= meta.keys():
+        raise UserError(f"{path} is of another version of this project (no {min(META_KEYS - meta.keys())} in it); prepare the corpus again")
     tokenizer = folder / meta["tokenizer"]
     if not tokenizer.exists() or zlib.crc32(tokenizer.read_bytes()) != meta["tokenizer_checksum"]:
         raise UserError(f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus again")

@@ -203,7 +203,7 @@ class SentencePieceTokenizer:
     sample_bytes = 16 << 20  # SentencePiece holds it in memory many times over
     separator = 1
 
-    def __init__(self, model, uncased=False):
+    def __init__(self, model):
         self.model, self.processor = model, sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = self.processor.get_piece_size()
         self.size = -(-(pieces + SENTINELS) // 128) * 128
@@ -543,7 +543,7 @@ def corpus_folder(name, model, vocabulary_size):
     return ROOT / "data" / name / f"{model}-{vocabulary_size}"
 
 
-def prepare(name, files=None, vocabulary_size=8192, uncased=None, shards=1, base_url=C4_URL, folder=None, model="bert", tokenizer=None):
+def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base_url=C4_URL, folder=None, model="bert", tokenizer=None):
     """Prepares corpus `name` for a model; see the module's docstring. Returns its folder."""
     if uncased and model == "t5":
         raise UserError("--uncased: T5's text stays as it is (the study); leave the flag out")
@@ -555,7 +555,10 @@ def prepare(name, files=None, vocabulary_size=8192, uncased=None, shards=1, base
             tokenizer = SentencePieceTokenizer.load(tokenizer)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--tokenizer={tokenizer}: not a SentencePiece model for T5 ({error})") from None
+        if vocabulary_size not in (None, tokenizer.size):
+            raise UserError(f"--vocabulary={vocabulary_size}: that tokenizer has {tokenizer.size}; leave the flag out")
         vocabulary_size = tokenizer.size
+    vocabulary_size = 8192 if vocabulary_size is None else vocabulary_size
     least = len(SPECIAL_TOKENS) + 256 if model == "bert" else 256
     if not least <= vocabulary_size <= 65536 or (model == "t5" and vocabulary_size % 128):
         raise UserError(f"--vocabulary={vocabulary_size}: expected {least} to 65536 (16 bits)" + (", a multiple of 128" if model == "t5" else ""))
@@ -606,7 +609,7 @@ def main(arguments=None):
     parser.add_argument("name", help="pydocs, c4, or a name for your own files")
     parser.add_argument("--files", help="your own text: a file, a folder or a quoted glob")
     parser.add_argument("--model", choices=list(TOKENIZERS), default="bert", help="which model's tokens (bert)")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens (8192; the study's base models: bert 32768, t5 32128)")
+    parser.add_argument("--vocabulary", type=int, help="tokens (8192; the study's base models: bert 32768, t5 32128)")
     parser.add_argument("--uncased", type=boolean, help="lower-case and strip accents (bert: true)")
     parser.add_argument("--tokenizer", metavar="FILE", help="t5: a SentencePiece model, as T5's spiece.model, instead of training one")
     parser.add_argument("--shards", type=int, default=1, help="c4: how many of its 1024 shards (1)")
