@@ -399,7 +399,8 @@ class T5(LanguageModel):
     def position_bias(self, table, queries, keys, bidirectional):
         """What distance adds to the attention products: (1, H, len(queries), len(keys))."""
         buckets = relative_buckets(queries, keys, self.config, bidirectional)
-        bias = F.embedding(buckets, table).permute(2, 0, 1)[None]
+        # Contiguous, or a GPU's fused attention kernels refuse it.
+        bias = F.embedding(buckets, table).permute(2, 0, 1).contiguous()[None]
         if not bidirectional:
             bias = bias.masked_fill(keys[None, :] > queries[:, None], float("-inf"))
         return bias
@@ -614,7 +615,8 @@ def load_transformers(folder, device="cpu", **changes):
     else:
         weights = read_whole(folder / "pytorch_model.bin")
     names = transformers_names(range(config.n_layers))
-    weights.setdefault("lm_head.weight", weights.get("shared.weight"))  # saved once if they are the same
+    if stored.get("tie_word_embeddings", True):  # as transformers 5 writes it: one matrix is saved if both are the same
+        weights.setdefault("lm_head.weight", weights.get("shared.weight"))
     if missing := [theirs for theirs in names.values() if theirs not in weights]:
         raise UserError(f"{folder}: its weights have no {missing[0]}")
     model = T5(config)

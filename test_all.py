@@ -679,6 +679,8 @@ def test_t5_layers_come_in_pairs():
     model.loss(batch, [0, 2]).backward()
     assert all((parameter.grad is None) == (name.split(".")[1] == "1") for name, parameter in model.layers.named_parameters(prefix="layers"))
     assert model.encoder_positions.grad is not None
+    places = torch.arange(9)  # a bias whose last dimension is not contiguous keeps a GPU from its fused kernels
+    assert all(model.position_bias(table, places, places, both).stride(-1) == 1 for table, both in ((model.encoder_positions, True), (model.decoder_positions, False)))
     model.present_layers = [0, 2]
     assert torch.equal(model.logits(batch), model.logits(batch, [0, 2])) and not torch.equal(model.logits(batch), model.logits(batch, []))
 
@@ -1125,8 +1127,12 @@ def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, 
     assert again.returncode == 2 and "interrupted run" in again.stderr
     wrong = command("train.py", f"--resume={tmp_path / 'run'}", "--lr=3", project=project)
     assert wrong.returncode == 2 and "decides its result" in wrong.stderr
+    for flag, message in (("--micro_batch=0", "at least 1"), ("--device=tpu", "expected cpu"), ("--threads=-3", "at least 0")):
+        wrong = command("train.py", f"--resume={tmp_path / 'run'}", flag, project=project)
+        assert wrong.returncode == 2 and message in wrong.stderr
     moved = shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert command("train.py", f"--resume={moved}", "--micro_batch=2", project=project).returncode == 0
+    other_dtype = "--dtype=fp16" if number == signal.SIGTERM else "--dtype=fp32"
+    assert command("train.py", f"--resume={moved}", "--micro_batch=2", other_dtype, project=project).returncode == 0
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 

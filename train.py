@@ -165,8 +165,6 @@ def resolve(typed):
         raise UserError("--budget_hours and --budget_steps are two budgets; give one")
     if values["device"] is None:
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", values["device"]):
-        raise UserError(f"--device={values['device']}: expected cpu, cuda or cuda:NUMBER")
     on_gpu = values["device"].startswith("cuda")
     size = values["size"] = values["size"] or ("base" if on_gpu else "tiny")
     combination = methods.find(values["method"])
@@ -187,6 +185,12 @@ def resolve(typed):
         values["data"] = "c4" if prepared.exists() else "pydocs"
     values["options"] = {name: option.default for name, option in combination.options.items()} | (values["options"] or {})
     config = Config(**values)
+    check(config)
+    return config
+
+
+def check(config):
+    """Refuses values that no run can have, and a device that is not here: of a new run and of a resumed one."""
     for names, holds, expected in (
         (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (ABOVE_ZERO, lambda value: value > 0, "above 0"),
@@ -197,11 +201,12 @@ def resolve(typed):
             value = getattr(config, name)
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise UserError(f"--{name}={value}: expected a number {expected}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise UserError(f"--device={config.device}: expected cpu, cuda or cuda:NUMBER")
     gpus = torch.cuda.device_count()
-    if on_gpu and int(config.device.partition(":")[2] or 0) >= gpus:
+    if config.device.startswith("cuda") and int(config.device.partition(":")[2] or 0) >= gpus:
         raise UserError(f"--device={config.device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
     rst.find_reference(config.reference)
-    return config
 
 
 def identity(config):
@@ -654,7 +659,8 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
         raise UserError(f"{path} was trained on another preparation of {config.data}: {corpus.folder} has changed")
     model.load_state_dict(stored["model"])
     optimizer.load_state_dict(stored["optimizer"])
-    scaler.load_state_dict(stored["scaler"])
+    if stored["scaler"]:  # empty unless the run was in fp16; a resumed one may change to it
+        scaler.load_state_dict(stored["scaler"])
     method.load_state_dict(stored["method"])
     clock.load_state_dict(stored["clock"])
     corpus.load_state_dict(stored["stream"])
@@ -699,7 +705,9 @@ def main(arguments=None):
     typed, resumed = parse(sys.argv[1:] if arguments is None else arguments)
     if resumed:
         folder = Path(resumed)
-        config = start_processes(config_of(folder, typed))
+        config = config_of(folder, typed)
+        check(config)
+        config = start_processes(config)
         if (folder / "result.json").exists():
             raise UserError(f"--resume={folder}: this run is finished")
     else:

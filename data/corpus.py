@@ -113,8 +113,7 @@ class Masking:
 
     def label_counts(self, token_counts, rows):
         """How often each token is a label, up to a factor, from how often it occurs in so many rows."""
-        token_counts[SEPARATOR] = 0
-        return token_counts
+        return np.where(np.arange(len(token_counts)) == SEPARATOR, 0, token_counts)
 
 
 class SpanCorruption:

@@ -65,7 +65,7 @@ SUFFIXES = tuple(kind + packed for kind in (".txt", ".json", ".jsonl") for packe
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
 SAMPLE_FILES = 64  # files that the sample is taken from, evenly spaced
 VALIDATION_SHARE = 0.02  # at most this share of the text ...
-VALIDATION_TOKENS = 10_000 * 128 * 1.1  # ... and about this many tokens (10,000 rows of 128, and a margin)
+VALIDATION_TOKENS = {"bert": 10_000 * 128 * 1.1, "t5": 10_000 * 568 * 1.1}  # ... and tokens: 10,000 rows, and a margin
 CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
 
 
@@ -213,7 +213,7 @@ class SentencePieceTokenizer:
 
     @staticmethod
     def sample(texts, uncased):
-        """What training needs of some texts: the texts, in pieces of a few hundred characters."""
+        """What training needs of some texts: their lines, cut to at most 1000 characters."""
         return [part for text in texts for line in normalise(text, uncased).splitlines() for part in textwrap.wrap(line, 1000, break_on_hyphens=False)]
 
     @classmethod
@@ -222,6 +222,7 @@ class SentencePieceTokenizer:
         if not texts:
             return None
         written = io.BytesIO()
+        # A fixed number of threads, so that its sums are split alike on every machine.
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(texts), model_writer=written, model_type="unigram", vocab_size=vocabulary_size - 128,
@@ -248,7 +249,6 @@ class SentencePieceTokenizer:
 TOKENIZERS = {"bert": BPETokenizer, "t5": SentencePieceTokenizer}
 
 
-@functools.cache  # a worker loads it once
 def load_tokenizer(folder):
     """The tokenizer of a prepared folder."""
     for kind in TOKENIZERS.values():
@@ -259,6 +259,9 @@ def load_tokenizer(folder):
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 raise UserError(f"{path} is not a tokenizer of ours ({error}); prepare the corpus again") from None
     raise UserError(f"{folder}: no tokenizer here; prepare the corpus again")
+
+
+tokenizer_of_worker = functools.cache(load_tokenizer)  # a worker process loads it once
 
 
 # -- Sources: each yields blocks (name, number of the first line, lines as bytes) -----------------------
@@ -437,7 +440,7 @@ def take_sample(block, share, kind, uncased):
 
 def encode_block(block, folder, validation_share):
     """(training tokens, validation tokens, documents of each) of a block; empty documents are left out."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of_worker(folder)
     tokens, count = ([], []), [0, 0]
     for text in documents(block):
         encoded = tokenizer.encode(text)
@@ -507,7 +510,7 @@ def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=Non
                 raise UserError(f"{source['files']}: no text in it")
         tokenizer.save(folder)
         trained = time.perf_counter()
-        validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS / max(1, total_bytes / 4.5))
+        validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS[model] / max(1, total_bytes / 4.5))
         count, tokens = [0, 0], [0, 0]
         blocks = (block for path in files for block in file_blocks(path))
         with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as validation:
@@ -582,16 +585,22 @@ def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base
     else:
         raise UserError(f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH")
     # All is written beside the folder, which it then replaces: a failure leaves what was there.
-    work = folder.with_name(folder.name + ".tmp")
+    work, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    new_parent = not folder.parent.exists()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         encode(found or write_pydocs(work), work, model, vocabulary_size, uncased, source, tokenizer)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         work.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
-        if not any(folder.parent.iterdir()):
+        if new_parent and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
     print(f"prepared {folder}")
     return folder

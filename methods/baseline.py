@@ -160,8 +160,10 @@ class AdamWScale(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # in fp16 the scaler calls `step` only where nothing overflowed
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         used = [group for group in self.param_groups if group["params"][0].grad is not None]
+        if not used:
+            return
         scales = rms_scales([group["params"][0] for group in used])
         if used[0]["params"][0].device.type == "cpu":
             scales = torch.stack(scales).tolist()  # nothing to wait for
@@ -169,7 +171,7 @@ class AdamWScale(torch.optim.AdamW):
         for group, scale, (lr, eps, weight_decay) in zip(used, scales, plain):
             group["updates"] = group.get("updates", 0) + 1  # of this tensor: a layer may come later
             group["lr"], group["eps"], group["weight_decay"] = lr * scale, eps / (1 - group["betas"][1] ** group["updates"]) ** 0.5, 0.0
-        super().step(closure)
+        super().step()
         for group, (lr, eps, weight_decay) in zip(used, plain):
             group["lr"], group["eps"], group["weight_decay"] = lr, eps, weight_decay
             if weight_decay:
