@@ -1,6 +1,7 @@
 """Speed, measured side by side on this machine. Nothing here is a test.
 
-    python bench.py speed     training step next to transformers' BERT, as share of the matmul peak
+    python bench.py speed     training step next to transformers' models, as share of the matmul peak
+    python bench.py generate  T5's greedy generation with its cache and without
     python bench.py input     the input pipeline's share of a step
     python bench.py depth     cost of 4, 8, 12, 16 active layers next to the release's recorded times
     python bench.py load      updates that a budget buys with one thread, two, and two beside a busy process
@@ -24,13 +25,12 @@ import torch
 
 import model as models
 import train
-from data.corpus import MASK_SHARE
+from data.corpus import OBJECTIVES
+from data.prepare import SENTINELS
 from errors import Parser, UserError, exits_on_user_error
-from methods.baseline import parameter_groups
+from methods.baseline import Method
 
 ROOT = Path(__file__).resolve().parent
-ROW_LENGTH = 128
-PREDICTED = round(MASK_SHARE * ROW_LENGTH)
 
 
 def timed(function):
@@ -51,71 +51,96 @@ def matmul_peak():
     return lambda: a @ b, 2 * 2048**3
 
 
-def random_batch(rows, vocabulary_size):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "tokens": torch.randint(5, vocabulary_size, (rows, ROW_LENGTH), generator=generator),
-        "positions": torch.rand(rows, ROW_LENGTH, generator=generator).argsort(1)[:, :PREDICTED].contiguous(),
-        "labels": torch.randint(5, vocabulary_size, (rows, PREDICTED), generator=generator),
-    }
+def random_batch(config, rows):
+    """A batch of random tokens with the shapes that `config` trains on."""
+    ids = {"vocabulary_size": config.vocabulary, "first_sentinel": config.vocabulary - 1, "separator": 1}
+    objective = OBJECTIVES[config.model](config.row_length, ids)
+    tokens = torch.randint(5, config.vocabulary - SENTINELS, (rows, objective.raw_length), generator=torch.Generator().manual_seed(0))
+    return objective(tokens, torch.arange(rows), key=0)
 
 
-def training_step(parameters, loss, groups):
-    """Forward, backward, clip, fused AdamW: what the loop does for an update of one micro-batch."""
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-12, fused=True)
+def training_step(model, loss, optimizer, clip):
+    """What the loop does for an update of one micro-batch: forward, backward, clip, step."""
+    parameters = list(model.parameters())
 
     def step():
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def ours(size, vocabulary_size, rows):
-    model, batch = models.build("bert", size, vocabulary_size), random_batch(rows, vocabulary_size)
-    step = training_step(list(model.parameters()), lambda: model.loss(batch), parameter_groups(model, 0.01))
-    return step, rows * model.training_flops_per_row(ROW_LENGTH, PREDICTED)
+def our_step(config, batch):
+    """The baseline's update, and its floating-point operations."""
+    model = models.build(config.model, config.size, config.vocabulary)
+    optimizer = Method(model, None, None, config, {}).optimizer()
+    rows, predicted = batch["labels"].shape
+    step = training_step(model, lambda: model.loss(batch), optimizer, config.clip)
+    return step, rows * model.training_flops_per_row(batch["tokens"].shape[1], predicted)
 
 
-def transformers_bert(size, vocabulary_size, rows):
-    """BertForMaskedLM of the same depth and width, its head on the predicted positions only."""
+def transformers_step(config, batch):
+    """The same of transformers' model of this depth and width, with fused AdamW."""
     try:
-        from transformers import BertConfig, BertForMaskedLM
+        from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
     except ImportError:
         raise UserError("bench.py speed compares with transformers: pip install -r requirements-dev.txt") from None
-    shape = models.SIZES["bert"][size]
+    shape, (rows, predicted), row_length = models.SIZES[config.model][config.size], batch["labels"].shape, batch["tokens"].shape[1]
     width, depth = shape["d_model"], shape["n_layers"]
-    config = BertConfig(
-        vocab_size=vocabulary_size, hidden_size=width, num_hidden_layers=depth, num_attention_heads=shape["n_heads"],
-        intermediate_size=4 * width, max_position_embeddings=ROW_LENGTH, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
-    )  # fmt: skip
-    model, batch = BertForMaskedLM(config), random_batch(rows, vocabulary_size)
+    if config.model == "bert":  # its head on the predicted positions only
+        model = BertForMaskedLM(BertConfig(
+            vocab_size=config.vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=shape["n_heads"],
+            intermediate_size=4 * width, max_position_embeddings=row_length, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+        ))  # fmt: skip
+        layer_flops = 6 * 12 * width**2 * row_length + 3 * 4 * row_length**2 * width
+        flops = rows * (depth * layer_flops + 6 * predicted * (width**2 + config.vocabulary * width))
 
-    def loss():
-        h = model.bert(input_ids=batch["tokens"]).last_hidden_state
-        h = h.gather(1, batch["positions"][:, :, None].expand(-1, -1, width))
-        return torch.nn.functional.cross_entropy(model.cls(h).flatten(0, 1), batch["labels"].flatten())
+        def loss():
+            h = model.bert(input_ids=batch["tokens"]).last_hidden_state
+            h = h.gather(1, batch["positions"][:, :, None].expand(-1, -1, width))
+            return torch.nn.functional.cross_entropy(model.cls(h).flatten(0, 1), batch["labels"].flatten())
 
-    layer_flops = 6 * 12 * width**2 * ROW_LENGTH + 3 * 4 * ROW_LENGTH**2 * width
-    flops = rows * (depth * layer_flops + 6 * PREDICTED * (width**2 + vocabulary_size * width))
-    return training_step(list(model.parameters()), loss, model.parameters()), flops
+    else:
+        model = T5ForConditionalGeneration(T5Config(
+            vocab_size=config.vocabulary, d_model=width, d_kv=models.T5Config.d_head, d_ff=shape["d_ff"], num_layers=depth,
+            num_heads=shape["n_heads"], dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            decoder_start_token_id=0, use_cache=False, attn_implementation="sdpa",
+        ))  # fmt: skip
+        flops = rows * models.build("t5", config.size, config.vocabulary).training_flops_per_row(row_length, predicted)
+
+        def loss():
+            return model(input_ids=batch["tokens"], labels=batch["labels"]).loss
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return training_step(model, loss, optimizer, config.clip), flops
 
 
 def speed(repeats):
-    print(f"BERT training step, fp32, {torch.get_num_threads()} threads, {repeats} interleaved repeats")
-    print("| size | micro-batch | model | seconds | share of matmul peak |\n|---|---|---|---|---|")
-    for size, vocabulary_size, rows in (("tiny", 8192, 32), ("base", 32768, 8)):
-        peak, peak_flops = matmul_peak()
-        (our_step, our_flops), (their_step, their_flops) = ours(size, vocabulary_size, rows), transformers_bert(size, vocabulary_size, rows)
-        peak_seconds, our_seconds, their_seconds = interleaved([peak, our_step, their_step], repeats)
+    print(f"training step, fp32, {torch.get_num_threads()} threads, {repeats} interleaved repeats")
+    print("| model | size | micro-batch | code | seconds | share of matmul peak |\n|---|---|---|---|---|---|")
+    for model, size, rows in (("bert", "tiny", 32), ("bert", "base", 8), ("t5", "tiny", 16), ("t5", "base", 2)):
+        config = train.resolve({"model": model, "size": size, "device": "cpu", "batch": rows})
+        batch = random_batch(config, rows)
+        (peak, peak_flops), (ours, our_flops), (theirs, their_flops) = matmul_peak(), our_step(config, batch), transformers_step(config, batch)
+        peak_seconds, our_seconds, their_seconds = interleaved([peak, ours, theirs], repeats)
         peak_rate = peak_flops / peak_seconds
         for name, seconds, flops in (("ours", our_seconds, our_flops), ("transformers", their_seconds, their_flops)):
-            print(f"| {size} | {rows} | {name} | {seconds:.3f} | {flops / seconds / peak_rate:.0%} of {peak_rate / 1e9:.0f} GFLOP/s |", flush=True)
-        del our_step, their_step
+            share = f"{flops / seconds / peak_rate:.1%} of {peak_rate / 1e9:.0f} GFLOP/s"
+            print(f"| {model} | {size} | {rows} | {name} | {seconds:.3f} | {share} |", flush=True)
+        del ours, theirs
         gc.collect()
+
+
+def generation(repeats, tokens=64, rows=16):
+    """Greedy generation of T5-tiny with the cache and without; it never ends early here."""
+    config = train.resolve({"model": "t5", "size": "tiny", "device": "cpu"})
+    model, batch = models.build("t5", "tiny", config.vocabulary).eval(), random_batch(config, rows)
+    cached, uncached = interleaved([lambda on=on: model.generate(batch, tokens, end=-1, use_cache=on) for on in (True, False)], repeats, warm_up=1)
+    print(f"{tokens} tokens for {rows} rows: {cached:.2f} s with the cache, {uncached:.2f} s without, {uncached / cached:.1f} times as long")
 
 
 def input_pipeline(repeats):
@@ -136,7 +161,8 @@ def input_pipeline(repeats):
 
 
 def depth(repeats):
-    model, batch = models.build("bert", "base", 32768), random_batch(8, 32768)
+    config = train.resolve({"size": "base", "device": "cpu"})
+    model, batch = models.build("bert", "base", config.vocabulary), random_batch(config, 8)
     depths = [4, 8, 12, 16]
 
     def step_of(layers):
@@ -179,7 +205,7 @@ def load(repeats, budget_hours=6e-5):
 
 @exits_on_user_error
 def main(arguments=None):
-    benches = {"speed": (speed, 10), "input": (input_pipeline, 20), "depth": (depth, 5), "load": (load, 1)}
+    benches = {"speed": (speed, 10), "generate": (generation, 3), "input": (input_pipeline, 20), "depth": (depth, 5), "load": (load, 1)}
     parser = Parser(description=__doc__)
     parser.add_argument("bench", choices=list(benches))
     parser.add_argument("--repeats", type=int)
@@ -187,6 +213,7 @@ def main(arguments=None):
     if options.repeats is not None and options.repeats < 1:
         raise UserError(f"--repeats={options.repeats}: expected at least 1")
     train.keep_freed_memory()
+    train.flush_denormals()
     function, repeats = benches[options.bench]
     function(options.repeats or repeats)
 

@@ -290,19 +290,14 @@ class T5EncoderLayer(nn.Module):
         return h + F.dropout(self.feed_forward(self.feed_forward_norm(h)), self.dropout, self.training)
 
 
-class T5DecoderLayer(nn.Module):
+class T5DecoderLayer(T5EncoderLayer):
     """An encoder layer with attention to the encoder's output in its middle."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         c = config
-        self.attention_norm = nn.RMSNorm(c.d_model, eps=1e-6)
-        self.attention = Attention(c.d_model, c.n_heads, c.d_head, scale=1.0, dropout=c.dropout)
         self.cross_attention_norm = nn.RMSNorm(c.d_model, eps=1e-6)
         self.cross_attention = Attention(c.d_model, c.n_heads, c.d_head, scale=1.0, dropout=c.dropout)
-        self.feed_forward_norm = nn.RMSNorm(c.d_model, eps=1e-6)
-        self.feed_forward = GatedFeedForward(c.d_model, c.d_ff, "tanh", c.dropout)
-        self.dropout = c.dropout
 
     def forward(self, h, encoded, bias, cross_bias=None, cache=None):
         """(B, P, C) -> (B, P, C).
@@ -412,11 +407,11 @@ class T5(LanguageModel):
         return torch.zeros(batch["mask"].shape, device=batch["mask"].device).masked_fill(~batch["mask"], float("-inf"))[:, None, None, :]
 
     def embed(self, tokens):
+        """What the first layers read: (B, T) -> (B, T, C)."""
         return F.dropout(F.embedding(tokens, self.embedding), self.config.dropout, self.training)
 
-    def encode(self, batch, layers=None):
-        """The encoder's output: (B, T) -> (B, T, C)."""
-        h, padding = self.embed(batch["tokens"]), self.padding_bias(batch)
+    def encode(self, h, padding=None, layers=None):
+        """The encoder's output for embedded tokens: (B, T, C) -> (B, T, C)."""
         places = torch.arange(h.shape[1], device=h.device)
         bias = self.position_bias(self.encoder_positions, places, places, bidirectional=True)
         bias = bias if padding is None else bias + padding
@@ -424,16 +419,15 @@ class T5(LanguageModel):
             h = self.layers[index].encoder(h, bias)
         return F.dropout(self.encoder_norm(h), self.config.dropout, self.training)
 
-    def decode(self, tokens, encoded, padding=None, layers=None, caches=None):
-        """Scores of the next tokens: (B, P) -> (B, P, V). With `caches` (a dictionary for every layer)
-        `tokens` go on where the call before ended."""
+    def decode(self, h, encoded, padding=None, layers=None, caches=None):
+        """Scores of the next tokens, for embedded ones: (B, P, C) -> (B, P, V). With `caches` (a dictionary
+        for every layer) `h` goes on where the call before ended."""
         layers = self.present_layers if layers is None else layers
         before = 0
         if caches is not None and layers and "self" in caches[layers[0]]:
             before = caches[layers[0]]["self"][0].shape[2]
-        keys = torch.arange(before + tokens.shape[1], device=tokens.device)
+        keys = torch.arange(before + h.shape[1], device=h.device)
         bias = self.position_bias(self.decoder_positions, keys[before:], keys, bidirectional=False)
-        h = self.embed(tokens)
         for index in layers:
             h = self.layers[index].decoder(h, encoded, bias, padding, caches and caches[index])
         return self.head(F.dropout(self.decoder_norm(h), self.config.dropout, self.training))
@@ -441,22 +435,25 @@ class T5(LanguageModel):
     def logits(self, batch, layers=None):
         """Scores over the vocabulary for every label: (B, P, V)."""
         with self.autocast():
-            labels = batch["labels"]
+            tokens, labels, padding = batch["tokens"], batch["labels"], self.padding_bias(batch)
             previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with [PAD], id 0
-            return self.decode(previous, self.encode(batch, layers), self.padding_bias(batch), layers)
+            # One look-up for both stacks: its gradient is as large as the embedding.
+            read, previous = self.embed(torch.cat([tokens, previous], dim=1)).split([tokens.shape[1], labels.shape[1]], dim=1)
+            return self.decode(previous, self.encode(read, padding, layers), padding, layers)
 
     @torch.no_grad()
     def generate(self, batch, max_length, end=1, use_cache=True):
         """Greedy decoding: (B, at most `max_length`) int64, the tokens up to the one with id `end`, then
         zeros. Stops when every row has ended."""
         with self.autocast():
-            encoded, padding = self.encode(batch), self.padding_bias(batch)
+            padding = self.padding_bias(batch)
+            encoded = self.encode(self.embed(batch["tokens"]), padding)
             caches = {index: {} for index in self.present_layers} if use_cache else None
             tokens = torch.zeros(len(encoded), 1, dtype=torch.long, device=encoded.device)
             ended = torch.zeros(len(encoded), dtype=torch.bool, device=encoded.device)
             for _ in range(max_length):
                 read = tokens[:, -1:] if use_cache else tokens
-                best = self.decode(read, encoded, padding, caches=caches)[:, -1].argmax(dim=-1)
+                best = self.decode(self.embed(read), encoded, padding, caches=caches)[:, -1].argmax(dim=-1)
                 tokens = torch.cat([tokens, best.masked_fill(ended, 0)[:, None]], dim=1)
                 ended |= best == end
                 if ended.all():

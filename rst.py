@@ -30,10 +30,10 @@ from dataclasses import dataclass
 os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from errors import Parser, UserError, exits_on_user_error
+from parallel import gather
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
 # autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the paper's
@@ -203,16 +203,6 @@ def fastest_dtype(device):
     return candidates[1] if full > 1.3 * low else candidates[0]
 
 
-def gather(values, device):
-    """A list of numbers of this process -> the lists of all processes, in order of rank."""
-    if not dist.is_initialized():
-        return [list(values)]
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [row.tolist() for row in everyone]
-
-
 # -- The clock ---------------------------------------------------------------------------------------------
 
 PROBE_SHARE = 0.01  # of the time goes into probing
@@ -300,13 +290,13 @@ class Clock:
     @contextlib.contextmanager
     def free(self):
         """A block of work that is reported but not charged. Weights may not change in it: checked."""
-        before = fingerprint(self.weights)
         synchronise(self.device)
         start = time.perf_counter()
+        before = fingerprint(self.weights)
         yield
-        synchronise(self.device)
+        changed = fingerprint(self.weights) != before  # waits for the device; the checking is free, too
         self.free_block_seconds += time.perf_counter() - start
-        if fingerprint(self.weights) != before:
+        if changed:
             raise RuntimeError("weights changed inside clock.free(): free work may not train the model")
 
     def take_free_seconds(self):

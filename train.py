@@ -45,6 +45,7 @@ from data.corpus import Corpus
 from data.prepare import boolean, corpus_folder
 from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import SCHEDULES
+from parallel import cut, gather, is_main, process, processes, sum_over_processes
 
 ROOT = Path(__file__).resolve().parent
 WEEK_HOURS = 7 * 24
@@ -177,13 +178,13 @@ def resolve(typed):
         "reference": "this" if size == "tiny" else STUDY_REFERENCE[values["model"]],
         "dtype": "bf16" if on_gpu else "fp32",
     }
-    values |= {name: value for name, value in defaults.items() if values[name] is None}
+    values |= {name: value for name, value in defaults.items() if name in values and values[name] is None}
     if values["micro_batch"] is None:
         values["micro_batch"] = min(values["batch"], MICRO_BATCH[values["model"]]["cuda" if on_gpu else "cpu"])
     if values["data"] is None:
         prepared = corpus_folder("c4", values["model"], values["vocabulary"]) / "meta.json"
         values["data"] = "c4" if prepared.exists() else "pydocs"
-    values["options"] = {name: option.default for name, option in combination.options.items()} | (values["options"] or {})
+    values["options"] = {name: recipe.get(name, option.default) for name, option in combination.options.items()} | (values["options"] or {})
     config = Config(**values)
     check(config)
     return config
@@ -206,6 +207,10 @@ def check(config):
     gpus = torch.cuda.device_count()
     if config.device.startswith("cuda") and int(config.device.partition(":")[2] or 0) >= gpus:
         raise UserError(f"--device={config.device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
+    for name, option in methods.find(config.method).options.items():
+        value = config.options[name]
+        if isinstance(value, (int, float)) and not option.minimum <= value <= option.maximum:
+            raise UserError(f"--{name}={value}: expected a number from {option.minimum:g}" + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else ""))
     rst.find_reference(config.reference)
 
 
@@ -293,38 +298,10 @@ def git_commit():
 # -- Processes and memory ------------------------------------------------------------------------------------
 
 
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_main():
-    return process() == 0
-
-
 def say(*text):
     if is_main():
         tqdm.write(" ".join(map(str, text)), file=sys.stdout)
         sys.stdout.flush()
-
-
-def sum_over_processes(tensors, bucket_elements=1 << 25):
-    """Adds tensors up over all processes, in place, flattened into few large messages."""
-    if processes() == 1:
-        return
-    bucket, size = [], 0
-    for index, tensor in enumerate(tensors):
-        bucket.append(tensor)
-        size += tensor.numel()
-        if size >= bucket_elements or index == len(tensors) - 1:
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat)
-            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
-                tensor.copy_(total.view_as(tensor))
-            bucket, size = [], 0
 
 
 def keep_freed_memory():
@@ -365,17 +342,6 @@ class StopSignal:
 
 
 # -- Training ------------------------------------------------------------------------------------------------
-
-
-def cut(positions, draws, micro_batch):
-    """(draw, positions) of the micro-batches of this process: the update's rows in `draws` groups, each
-    shared out over the processes and cut to at most `micro_batch` rows."""
-    for draw, group in enumerate(np.array_split(positions, draws)):
-        if 0 < len(group) < processes():  # a process without rows would have no gradients to add
-            raise UserError(f"{len(positions)} rows in {draws} group(s) cannot be shared out over {processes()} processes; use fewer, or a larger --batch")
-        mine = np.array_split(group, processes())[process()]
-        for first in range(0, len(mine), micro_batch):
-            yield draw, mine[first : first + micro_batch]
 
 
 def validate(model, corpus, rows_per_batch):
@@ -445,9 +411,12 @@ def train(config, folder, resume=False):
     Raises SystemExit after SIGTERM or Ctrl-C, when all is saved.
     """
     combination = methods.find(config.method)
-    finished_models = {}
+    finished_models, finished_runs = {}, {}
     for name, prerequisite in combination.prerequisites(config).items():
-        finished_models[name] = models.load(finish(name, prerequisite) / "model.pt", config.device)
+        finished = finish(name, prerequisite)
+        finished_models[name] = prepared(models.load(finished / "model.pt", config.device), config)
+        costs = read_json(finished / "result.json")
+        finished_runs[name] = {"folder": shown(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
 
     print_plan(config, folder)
     started = time.perf_counter()
@@ -462,14 +431,11 @@ def train(config, folder, resume=False):
     if corpus.vocabulary_size != config.vocabulary:
         raise UserError(f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not {config.vocabulary}")
     torch.manual_seed(config.seed)
-    model = models.build(config.model, config.size, config.vocabulary).to(config.device)
-    model.autocast_dtype = DTYPES[config.dtype]
+    model = prepared(models.build(config.model, config.size, config.vocabulary).to(config.device), config)
     method = combination.start(model, corpus, clock, config, finished_models)
     optimizer = method.optimizer()
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
     clock.weights = list(model.parameters())
-    if config.compile:
-        model.compile_layers()
     state = SimpleNamespace(wall_seconds=0.0, rows=0, skipped=0, validation_loss=None, log_bytes=0)
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
@@ -550,7 +516,7 @@ def train(config, folder, resume=False):
             # A method's own optimizer is one of its places, the baseline's is the loop's.
             free_seconds = clock.take_free_seconds()
             mine = (loop_seconds, step_seconds, method_seconds - free_seconds, free_seconds, stop.number, time.perf_counter() >= checkpoint_due)
-            everyone = zip(*rst.gather(mine, config.device))
+            everyone = zip(*gather(mine, config.device))
             loop_seconds, step_seconds, method_seconds, free_seconds, stop_signal, save_now = map(max, everyone)
             if method.owns_optimizer:
                 method_seconds += step_seconds
@@ -565,7 +531,7 @@ def train(config, folder, resume=False):
                        "gradient_norm": None if skipped else gradient_norm,
                        "rows": len(positions), "row_layers": row_layers, **charge, "free_seconds": free_seconds,
                        "spent_seconds": clock.spent_seconds, "factor": clock.factor, "skipped": skipped,
-                       "compilations": compilations() - compiled_before})  # fmt: skip
+                       "compilations": compilations() - compiled_before, **method.report()})  # fmt: skip
             bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
             bar.update(clock.progress - bar.n)
 
@@ -602,7 +568,7 @@ def train(config, folder, resume=False):
         "validation_loss": state.validation_loss, "unigram_entropy": entropy,
         "reference": dataclasses.asdict(reference), "factor_history": clock.factor_history,
         "charged_seconds": clock.spent_seconds, "free_seconds": clock.free_seconds, "cut_seconds": clock.cut_seconds,
-        "wall_seconds": state.wall_seconds,
+        "wall_seconds": state.wall_seconds, "prerequisites": finished_runs,
     }  # fmt: skip
     if is_main():
         models.save(model, folder / "model.pt")
@@ -616,6 +582,14 @@ def train(config, folder, resume=False):
     if clock.cut_seconds > 0.01 * clock.spent_seconds:
         say(f"note: stalls of this machine were cut by {clock.cut_seconds:.4g} s, over 1% of what was charged")
     return result
+
+
+def prepared(model, config):
+    """Sets how this run computes: the precision, and whether layers are compiled."""
+    model.autocast_dtype = DTYPES[config.dtype]
+    if config.compile:
+        model.compile_layers()
+    return model
 
 
 def compilations():
@@ -673,15 +647,21 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
 
 def finish(name, config):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
-    folder = ROOT / "runs" / plan_name(config)
-    exists = (folder / "config.json").exists()
-    if exists and identity(config_of(folder)) != identity(config):
-        raise UserError(f"{shown(folder)} should be the {name} of this run but has another configuration; move it away")
+    plan, number = ROOT / "runs" / plan_name(config), 1
+    folder = plan
+    while (folder / "config.json").exists() and identity(config_of(folder)) != identity(config):  # same name, another plan
+        number += 1
+        folder = plan.with_name(f"{plan.name}-{number}")
     if (folder / "result.json").exists():
         say(f"{name}: reusing {shown(folder)}")
-    else:
-        say(f"{name}: {'resuming' if exists else 'training'} {shown(folder)} first")
+        return folder
+    exists = (folder / "config.json").exists()
+    say(f"{name}: {'resuming' if exists else 'training'} {shown(folder)} first; it is not charged to the run that needs it")
+    try:
         train(config, folder, resume=exists)
+    except SystemExit:
+        say(f"that was the {name}; the command that you gave goes on with it, too")
+        raise
     return folder
 
 

@@ -222,6 +222,12 @@ class Corpus:
     def tokenizer(self):
         return load_tokenizer(self.folder)
 
+    def uniform(self, *numbers):
+        """A pseudo-random number in [0, 1) of this run's seed and these integers or arrays of integers, in
+        float64: the same whenever it is asked for."""
+        bits = hash_of(self.seed, *numbers)
+        return (bits.double() if isinstance(bits, torch.Tensor) else bits) / 2**32
+
     # The streams
 
     def draw(self, count, stream=TRAINING):

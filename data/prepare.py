@@ -585,9 +585,12 @@ def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base
     else:
         raise UserError(f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH")
     # All is written beside the folder, which it then replaces: a failure leaves what was there.
-    work, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    # Two first runs may prepare the same corpus at once, so each has a folder of its own.
+    work, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
     new_parent = not folder.parent.exists()
-    shutil.rmtree(work, ignore_errors=True)
+    for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a killed process
+        if left == work or left.stat().st_mtime < time.time() - 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         encode(found or write_pydocs(work), work, model, vocabulary_size, uncased, source, tokenizer)

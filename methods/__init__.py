@@ -7,6 +7,7 @@ There is no registry: `methods/NAME.py` with one subclass of `Method` in it is m
 
 import importlib
 import inspect
+import math
 import pkgutil
 
 from errors import UserError
@@ -69,7 +70,7 @@ class Combination:
                     raise UserError(f"--method={self.name}: two methods mean different things by --{flag}; take one of them")
 
     def defaults(self, model, size):
-        """Values of the common flags: the baseline's, over them each method's, the optimizer's last."""
+        """Values of flags: the baseline's, over them each method's, the optimizer's last."""
         order = sorted(self.classes, key=lambda name: name == self.owner["optimizer"])
         merged = {}
         for cls in [Method, *(self.classes[name] for name in order)]:
@@ -83,9 +84,10 @@ class Combination:
             runs |= cls.prerequisites(config)
         return runs
 
-    def draws_per_update(self, model):
+    def draws_per_update(self, config):
         owner = self.owner["active_layers"]
-        return self.classes[owner].draws_per_update.get(model, 1) if owner else 1
+        rows = self.classes[owner].rows_per_draw.get(config.model) if owner else None
+        return math.ceil(config.batch / rows) if rows else 1
 
     def start(self, *arguments):
         return Running(self, *arguments)
@@ -99,15 +101,26 @@ class Running:
         self.parts = {name: cls(*arguments) for name, cls in combination.classes.items()}
         baseline = Method(*arguments)
         serving = {place: self.parts.get(owner, baseline) for place, owner in combination.owner.items()}
-        self.optimizer = serving["optimizer"].optimizer
+        self.make_optimizer = serving["optimizer"].optimizer
         self.next_batch = serving["next_batch"].next_batch
         self.evaluation_layers = serving["evaluation_layers"].evaluation_layers
         # Without a claimant all layers that the model has are active, whoever decides which those are.
         self.active_layers = (
             serving["active_layers"].active_layers if combination.owner["active_layers"] else lambda draw: self.evaluation_layers()
         )
-        self.draws_per_update = combination.draws_per_update(config.model)
+        self.draws_per_update = combination.draws_per_update(config)
         self.owns_optimizer = combination.owner["optimizer"] is not None
+
+    def optimizer(self):
+        optimizer = self.make_optimizer()
+        for part in self.parts.values():
+            part.shared_optimizer = optimizer
+        return optimizer
+
+    def report(self):
+        """{method: {name: number}} of those that have something to say."""
+        reports = {name: part.report() for name, part in self.parts.items()}
+        return {name: report for name, report in reports.items() if report}
 
     def after_step(self):
         for part in self.parts.values():

@@ -13,19 +13,32 @@ A method is a file `methods/NAME.py` with one subclass of `Method`. It overrides
 below and sees the model, the corpus, the clock and the configuration, never the loop.
 """
 
+import contextlib
+import inspect
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from errors import UserError
+from parallel import cut, gather, processes, sum_over_processes
 
 
 @dataclass(frozen=True)
 class Option:
-    """A flag of a method's own: its default (whose type the flag has), help, and the values it may have."""
+    """A flag of a method's own: its default (whose type the flag has), help, and the values it may have:
+    one of `choices`, or from `minimum` to `maximum`."""
 
     default: object
     help: str
     choices: tuple = ()
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+
+# What a method declares if it has forward or backward passes that train nothing.
+FREE_EXTRA_PASSES = {"free_extra_passes": Option(False, "leave passes that train nothing uncharged (the study's ablation)")}
 
 
 class Method:
@@ -33,8 +46,10 @@ class Method:
 
     Class-level declarations:
         options: {flag name: Option}.
-        defaults: {model: {size: {common flag: value}}}; a size that is not there has those of "base".
-        draws_per_update: {model: groups of rows in an update that get their own `active_layers`}.
+        defaults: {model: {size: {flag: value}}}, of common flags and its own options; a size has those of
+            "base" and over them its own.
+        rows_per_draw: {model: rows of a batch that get `active_layers` of their own}; without, all of them
+            have the same.
     """
 
     options = {}
@@ -58,13 +73,14 @@ class Method:
             "tiny": dict(batch=8),
         },
     }
-    draws_per_update = {}
+    rows_per_draw = {}
 
     def __init__(self, model, corpus, clock, config, prerequisites):
         """`config.options` holds the method's options; `prerequisites` the finished models, by name, of
         the runs that `prerequisites(config)` asked for."""
         self.model, self.corpus, self.clock, self.config = model, corpus, clock, config
         self.finished_models = prerequisites
+        self.shared_optimizer = None  # what `optimizer()` returned, of whichever method; set before the first update
 
     @classmethod
     def prerequisites(cls, config):
@@ -103,12 +119,47 @@ class Method:
     def after_step(self):
         """What is refreshed now and then? Called after every update that was not skipped."""
 
+    def report(self):
+        """What the log should say of this update: {name: number}."""
+        return {}
+
     def state_dict(self):
         """What a checkpoint must hold: tensors, numbers, strings, lists and dictionaries of these."""
         return {}
 
     def load_state_dict(self, state):
         """Takes back what `state_dict` gave."""
+
+    # Tools for methods that look at rows which they do not train on. All processes call them together.
+
+    def extra_pass(self):
+        """The context of a pass that trains nothing: charged, unless --free_extra_passes."""
+        return self.clock.free() if self.config.options["free_extra_passes"] else contextlib.nullcontext()
+
+    def row_losses(self, positions, model=None):
+        """The mean loss of each row at these stream positions, from a forward pass of the training model (or
+        another) with all the layers that it has: a float64 array, the same on all processes."""
+        model = model or self.model
+        with torch.no_grad():
+            parts = [model.loss(self.corpus.batch(rows), per_example=True) for _, rows in cut(positions, 1, self.config.micro_batch)]
+        mine = torch.cat(parts).tolist()
+        shares = [len(share) for share in np.array_split(positions, processes())]
+        padded = mine + [0.0] * (max(shares) - len(mine))
+        losses = np.concatenate([row[:share] for row, share in zip(gather(padded, self.config.device), shares)])
+        if not np.isfinite(losses).all():
+            first = int(np.flatnonzero(~np.isfinite(losses))[0])
+            raise UserError(f"the loss of stream position {positions[first]} is {losses[first]} before update {self.clock.updates + 1}; lower --lr or --clip")
+        return losses
+
+    def mean_gradients(self, positions, loss, stream):
+        """The gradients, over the rows at these positions of a stream, of the mean of `loss(batch, rows)`:
+        {parameter: tensor}. Takes `parameter.grad` meanwhile, which is None between updates."""
+        for _, rows in cut(positions, 1, self.config.micro_batch):
+            (loss(self.corpus.batch(rows, stream), rows) * (len(rows) / len(positions))).backward()
+        gradients = {parameter: parameter.grad for parameter in self.model.parameters() if parameter.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        sum_over_processes(list(gradients.values()))
+        return gradients
 
 
 def parameter_groups(model, weight_decay):
@@ -168,11 +219,60 @@ class AdamWScale(torch.optim.AdamW):
         if used[0]["params"][0].device.type == "cpu":
             scales = torch.stack(scales).tolist()  # nothing to wait for
         plain = [(group["lr"], group["eps"], group["weight_decay"]) for group in used]
-        for group, scale, (lr, eps, weight_decay) in zip(used, scales, plain):
-            group["updates"] = group.get("updates", 0) + 1  # of this tensor: a layer may come later
-            group["lr"], group["eps"], group["weight_decay"] = lr * scale, eps / (1 - group["betas"][1] ** group["updates"]) ** 0.5, 0.0
+        updates = [self.state[group["params"][0]].get("updates", 0) + 1 for group in used]  # a layer may come later
+        for group, scale, count, (lr, eps, weight_decay) in zip(used, scales, updates, plain):
+            group["lr"], group["eps"], group["weight_decay"] = lr * scale, eps / (1 - group["betas"][1] ** count) ** 0.5, 0.0
         super().step()
-        for group, (lr, eps, weight_decay) in zip(used, plain):
+        for group, count, (lr, eps, weight_decay) in zip(used, updates, plain):
+            self.state[group["params"][0]]["updates"] = count
             group["lr"], group["eps"], group["weight_decay"] = lr, eps, weight_decay
             if weight_decay:
                 group["params"][0].mul_(1 - lr * weight_decay)
+
+
+class TensorOptimizer(torch.optim.Optimizer):
+    """An optimizer made of a function that updates one tensor.
+
+        rule(parameter, gradient, *state, rate, weight_decay, **constants)     all in place
+
+    `state` are tensors that start at zero; `rate` and `weight_decay` are 0-dim tensors. Called with flat tensors, so
+    that one compilation serves all shapes, and layers that come and go need no other.
+
+    Args:
+        groups: as torch.optim's, with "weight_decay".
+        rule: the function; its positional arguments after the first two name the state.
+        lr: the rate, until the loop sets another.
+        rms_scaling: scale the rate of every tensor with its RMS (T5).
+        compile: compile the rule, here and now.
+        constants: further arguments of the rule.
+    """
+
+    def __init__(self, groups, rule, lr, rms_scaling=False, compile=False, **constants):
+        super().__init__(groups, dict(lr=lr, weight_decay=0.0))
+        self.rule, self.rms_scaling, self.constants = rule, rms_scaling, constants
+        names = list(inspect.signature(rule).parameters)
+        self.state_names = names[2 : names.index("rate")]
+        if compile:
+            self.rule = torch.compile(rule, dynamic=True)
+            # Scalars and one-element tensors have a graph of their own. These are thrown away.
+            like = self.param_groups[0]["params"][0]
+            for elements in (1, 64, 4096):
+                flat = [torch.zeros(elements, device=like.device) for _ in range(2 + len(self.state_names))]
+                number = torch.zeros((), device=like.device)
+                self.rule(*flat, number, number, **constants)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            used = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not used:
+                continue
+            rate, weight_decay = (torch.tensor(group[name], dtype=torch.float32, device=used[0].device) for name in ("lr", "weight_decay"))
+            scales = rms_scales(used) if self.rms_scaling else None
+            for index, parameter in enumerate(used):
+                state = self.state[parameter]
+                if not state:
+                    state.update({name: torch.zeros_like(parameter) for name in self.state_names})
+                flat = [tensor.detach().view(-1) for tensor in (parameter, *(state[name] for name in self.state_names))]
+                scaled = rate * scales[index] if scales else rate
+                self.rule(flat[0], parameter.grad.reshape(-1), *flat[1:], scaled, weight_decay, **self.constants)

@@ -1,0 +1,77 @@
+"""Layer stacking: train a shallow model, copy its layers on top of themselves, go on.
+
+Paper: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking" (ICML).
+Idea: Layers of a trained Transformer resemble each other, so a model of twice the depth that starts from two
+copies of a shallow one is a better start than random weights. Early updates of a shallow model are also
+cheaper. Here the depth doubles twice: 4, 8, 16 layers of BERT, 3, 6, 12 of T5's two stacks.
+
+    depth = L / 2^(growths)
+    when the share of the budget that is spent reaches the next of `growth_times`:
+        for i < depth: the weights of layer depth + i become those of layer i
+        depth = 2 depth
+
+Cost: an update costs what its depth costs (the probe's per-layer time and a constant), so a budget buys more
+updates; the copying itself is charged and small.
+The study found: the lowest pre-training losses of all methods at short budgets, for both models; the gap to
+the baseline is nearly closed at 24 hours, and downstream it is ahead at some budgets only.
+Where we differ from the release: growth happens between updates, never inside one. `--optimizer_state=reset` is the
+paper's (all moments start anew at a growth); the release configures it but keeps the old layers' moments and lets
+the new layers start without any, as `keep` does here; `copy` gives the new layers those of the layers they copy.
+"""
+
+import copy
+
+import torch
+
+from errors import UserError
+from methods.baseline import Method, Option
+
+
+class Stacking(Method):
+    options = {
+        "growth_times": Option("0.125,0.3", "shares of the budget at which the depth doubles; empty: never"),
+        "optimizer_state": Option("keep", "of a growing model", ("keep", "reset", "copy")),
+    }
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        text, layers = self.config.options["growth_times"], len(self.model.layers)
+        try:
+            self.times = [float(part) for part in text.split(",")] if text else []
+        except ValueError:
+            raise UserError(f"--growth_times={text}: expected shares of the budget, as 0.125,0.3") from None
+        if any(not 0 < time < 1 for time in self.times) or sorted(set(self.times)) != self.times:
+            raise UserError(f"--growth_times={text}: expected rising numbers between 0 and 1")
+        if layers % 2 ** len(self.times):
+            raise UserError(f"--growth_times={text}: {layers} layers cannot be halved {len(self.times)} time(s)")
+        self.depth = layers // 2 ** len(self.times)
+
+    def evaluation_layers(self):
+        return list(range(self.depth))
+
+    def active_layers(self, draw):
+        layers = len(self.model.layers)
+        # The times that are left: one for every doubling that is still to come.
+        while self.depth < layers and self.clock.progress >= self.times[-(layers // self.depth).bit_length() + 1]:
+            self.grow()
+        return self.evaluation_layers()
+
+    @torch.no_grad()
+    def grow(self):
+        """Doubles the depth."""
+        state = self.shared_optimizer.state
+        if self.config.options["optimizer_state"] == "reset":
+            state.clear()
+        for index in range(self.depth):
+            old, new = self.model.layers[index].parameters(), self.model.layers[self.depth + index].parameters()
+            for source, target in zip(old, new):
+                target.copy_(source)
+                if self.config.options["optimizer_state"] == "copy" and source in state:
+                    state[target] = copy.deepcopy(state[source])
+        self.depth *= 2
+
+    def state_dict(self):
+        return {"depth": self.depth}
+
+    def load_state_dict(self, state):
+        self.depth = state["depth"]

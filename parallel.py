@@ -1,0 +1,59 @@
+"""Several processes as one: each has its share of an update's rows, and sums join them again.
+
+With one process everything here is the identity.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main():
+    return process() == 0
+
+
+def cut(positions, draws, micro_batch):
+    """(draw, positions) of the micro-batches of this process: the update's rows in `draws` groups, each
+    shared out over the processes and cut to at most `micro_batch` rows."""
+    for draw, group in enumerate(np.array_split(positions, draws)):
+        if 0 < len(group) < processes():  # a process without rows would have no gradients to add
+            raise UserError(f"{len(positions)} rows in {draws} group(s) cannot be shared out over {processes()} processes; use fewer, or a larger --batch")
+        mine = np.array_split(group, processes())[process()]
+        for first in range(0, len(mine), micro_batch):
+            yield draw, mine[first : first + micro_batch]
+
+
+def sum_over_processes(tensors, bucket_elements=1 << 25):
+    """Adds tensors up over all processes, in place, flattened into few large messages."""
+    if processes() == 1:
+        return
+    bucket, size = [], 0
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= bucket_elements or index == len(tensors) - 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                tensor.copy_(total.view_as(tensor))
+            bucket, size = [], 0
+
+
+def gather(values, device):
+    """A list of numbers of this process -> the lists of all processes, in order of rank."""
+    if processes() == 1:
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(processes())]
+    dist.all_gather(everyone, mine)
+    return [row.tolist() for row in everyone]
