@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -36,8 +37,10 @@ from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND, Corpus, hash_of, permute
 from errors import UserError
-from methods import baseline
-from methods.baseline import Method, one_cycle, parameter_groups
+from methods import baseline, layer_drop, rho, selective_backprop, sophia
+from methods.baseline import Method, TensorOptimizer, one_cycle, parameter_groups
+from methods.lion import lion_update
+from methods.sophia import sophia_update
 
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(2)
@@ -1148,6 +1151,416 @@ def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, 
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 
+# -- The six methods --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(corpus_folder, t5_folder, tmp_path, monkeypatch):
+    """started(method, model, *flags): a method of a small run as the loop starts it, with its optimizer."""
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+
+    def start(name, model, *flags, prerequisites=None):
+        flags = small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / "run", f"--model={model}", f"--method={name}", *flags)
+        config = train.resolve(train.parse(flags)[0])
+        torch.manual_seed(config.seed)
+        network = models.build(model, "tiny", 512)
+        clock = rst.Clock(rst.find_reference("this"), model, "cpu", budget_updates=config.budget_steps or 100)
+        method = methods.find(name).start(network, train.open_corpus(config), clock, config, prerequisites or {})
+        return method, method.parts[name], method.optimizer()
+
+    return start
+
+
+def literal_lion(weight, gradient, state, lr, weight_decay, beta1=0.9, beta2=0.99):
+    m = state.setdefault("m", torch.zeros_like(weight))
+    u = torch.sign(beta1 * m + (1 - beta1) * gradient)
+    state["m"] = beta2 * m + (1 - beta2) * gradient
+    return weight * (1 - lr * weight_decay) - lr * u
+
+
+def literal_sophia(weight, gradient, state, lr, weight_decay, beta1=0.965, rho=0.05, eps=1e-15):
+    state["m"] = beta1 * state.get("m", torch.zeros_like(weight)) + (1 - beta1) * gradient
+    ratio = state["m"] / (rho * state.get("h", torch.zeros_like(weight)) + eps)
+    return weight * (1 - lr * weight_decay) - lr * torch.minimum(torch.maximum(ratio, torch.tensor(-1.0)), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rms_scaling", [False, True])
+@pytest.mark.parametrize("name", ["lion", "sophia"])
+def test_lion_and_sophia_equal_their_formulas(name, rms_scaling, compiled):
+    if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    generator = torch.Generator().manual_seed(0)
+    rule, literal, constants = {
+        "lion": (lion_update, literal_lion, dict(beta1=0.9, beta2=0.99)),
+        "sophia": (sophia_update, literal_sophia, dict(beta1=0.965, clip_threshold=0.05, eps=1e-15)),
+    }[name]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator) * scale) for shape, scale in (((7, 5), 1.0), ((300, 40), 0.1), ((5,), 0.3), ((1,), 1.0), ((3, 4), 1e-5))]
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
+    optimizer = TensorOptimizer(groups, rule, 1.0, rms_scaling, compiled, **constants)
+    expected = [parameter.detach().double() for parameter in parameters]
+    states, clipped = [{} for _ in parameters], []
+    for update in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = lr = 0.01 / (update + 1)
+        for index, (parameter, state) in enumerate(zip(parameters, states)):
+            parameter.grad = None
+            if index == 1 and update < 5:
+                continue  # a layer that is not there yet: no step, no decay
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if name == "sophia" and update % 5 == 1 and parameter in optimizer.state:  # a Hessian pass
+                estimate = torch.rand(parameter.shape, generator=generator) * 20
+                optimizer.state[parameter]["hessian"].lerp_(estimate, 0.01)
+                state["h"] = 0.99 * state.get("h", torch.zeros_like(expected[index])) + 0.01 * estimate.double()
+            scale = max(1e-3, expected[index].square().mean().sqrt().item()) if rms_scaling else 1.0
+            expected[index] = literal(expected[index], parameter.grad.double(), state, lr * scale, 0.1 if index < 2 else 0.0)
+            if "h" in state:
+                clipped.append((state["m"].abs() >= 0.05 * state["h"]).double().mean().item())
+        optimizer.step()
+        for parameter, value in zip(parameters, expected):
+            torch.testing.assert_close(parameter.double(), value, rtol=1e-6, atol=1e-6)
+    assert name == "lion" or 0.1 < statistics.mean(clipped) < 0.9  # both branches of the clipping matter
+
+
+def test_sophias_estimate_is_the_gauss_newton_diagonal():
+    """Of a softmax of W x with the mean cross-entropy: mean over the tokens of x_j^2 p_k (1 - p_k)."""
+    torch.manual_seed(0)
+    inputs, layer = torch.randn(4, 3, 5), nn.Linear(5, 6, bias=False)
+    model = SimpleNamespace(
+        logits=lambda batch: layer(batch), parameters=layer.parameters, zero_grad=layer.zero_grad, layers=[],
+    )  # fmt: skip
+    corpus = SimpleNamespace(
+        batch=lambda positions, stream: inputs[torch.as_tensor(positions) % 4], predicted_per_row=3, position=0,
+        uniform=lambda *numbers: hash_of(0, *numbers).double() / 2**32,
+    )  # fmt: skip
+
+    def draw(count, stream):
+        assert stream == sophia.SECOND_STREAM
+        corpus.position += count
+        return np.arange(corpus.position - count, corpus.position)
+
+    corpus.draw = draw
+    config = SimpleNamespace(options=dict(clip_threshold=0.05, hessian_interval=1, hessian_batch=4, hessian_clip=0.0, free_extra_passes=False),
+                             batch=4, model="bert", micro_batch=3, beta2=0.99, device="cpu")  # fmt: skip
+    method = sophia.Sophia(model, corpus, None, config, {})
+    probabilities = layer(inputs).softmax(dim=-1).detach().double()
+    exact = torch.einsum("btk,btj->kj", probabilities * (1 - probabilities), inputs.double().square()) / 12
+    total, errors = torch.zeros(6, 5, dtype=torch.float64), {}
+    for sample in range(1, 4097):
+        (gradient,) = method.mean_gradients(corpus.draw(4, sophia.SECOND_STREAM), method.sampled_loss, sophia.SECOND_STREAM).values()
+        (estimate,) = sophia.hessian_estimate([gradient], 12, 0.0)
+        total += estimate
+        if sample in (64, 512, 4096):
+            errors[sample] = ((total / sample - exact).norm() / exact.norm()).item()
+    print(f"relative error of Sophia's estimate by samples: {errors}")
+    assert errors[4096] < 0.03 and errors[64] > 3 * errors[4096]  # as 1 / sqrt(samples)
+    # refresh_hessian: the moving average, per token, of the same estimate; and the clipping
+    corpus.position, method.shared_optimizer = 0, SimpleNamespace(state={layer.weight: dict(momentum=torch.full((6, 5), 1e-3), hessian=torch.zeros(6, 5))})
+    (gradient,) = method.mean_gradients(np.arange(4), method.sampled_loss, sophia.SECOND_STREAM).values()
+    method.refresh_hessian()
+    hessian = method.shared_optimizer.state[layer.weight]["hessian"]
+    torch.testing.assert_close(hessian, 0.01 * 12 * gradient**2)
+    assert method.win_rate == (1e-3 < 0.05 * hessian).float().mean().item()
+    torch.testing.assert_close(sophia.hessian_estimate([gradient], 12, 0.01)[0], 12 * (gradient * 0.01 / (gradient.norm() + 1e-6)) ** 2)
+
+
+def test_labels_are_drawn_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -2.0, 3.0, -math.inf]).expand(1, 200_000, 5)
+    uniform = hash_of(3, torch.arange(200_000))[None].double() / 2**32
+    labels = sophia.sample_labels(logits, uniform)
+    shares = torch.bincount(labels.flatten(), minlength=5) / 200_000
+    torch.testing.assert_close(shares, logits[0, 0].softmax(dim=-1), rtol=0, atol=0.004)
+    assert shares[4] == 0 and sophia.sample_labels(logits[:, :2], torch.tensor([[0.0, 1 - 2**-32]])).tolist() == [[3, 0]]
+
+
+def test_sophias_pass_touches_nothing_but_the_hessian(started):
+    for model in ("bert", "t5"):
+        method, part, optimizer = started("sophia", model)
+        network, corpus = part.model, part.corpus
+        network.loss(corpus.batch(method.next_batch())).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        weights = [parameter.clone() for parameter in network.parameters()]
+        momentum = [optimizer.state[parameter]["momentum"].clone() for parameter in network.parameters()]
+        next_position = corpus.position[0]
+        part.refresh_hessian()
+        assert corpus.position[0] == next_position and corpus.position[1] == part.rows == {"bert": 3, "t5": 6}[model]
+        for parameter, weight, moment in zip(network.parameters(), weights, momentum):
+            assert parameter.grad is None and torch.equal(parameter, weight) and torch.equal(optimizer.state[parameter]["momentum"], moment)
+        assert all((state["hessian"] > 0).any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("theta_bar", [0.5, 0.0])
+def test_layer_drop_keeps_as_its_formula_says(theta_bar):
+    layers, gamma, draws = 4, 20.0, 50_000
+    config = SimpleNamespace(options=dict(theta_bar=theta_bar, gamma=gamma, rescale=False))
+    clock = SimpleNamespace(progress=0.0, updates=0)
+    corpus = SimpleNamespace(uniform=lambda *numbers: hash_of(0, *numbers) / 2**32)
+    method = layer_drop.LayerDrop(SimpleNamespace(layers=[None] * layers), corpus, clock, config, {})
+    assert all(method.active_layers(draw) == [0, 1, 2, 3] for draw in range(100))  # all of them at the start
+    for clock.updates, clock.progress in ((1, 0.02), (2, 1.0)):
+        theta = theta_bar + (1 - theta_bar) * math.exp(-gamma * clock.progress)
+        keep = np.array([1 - i / layers * (1 - theta) for i in (1, 2, 3, 4)])
+        keep /= 1 - np.prod(1 - keep)  # an empty draw is drawn again
+        drawn = [method.active_layers(draw) for draw in range(draws)]
+        counts = np.bincount(np.concatenate(drawn), minlength=layers)
+        assert min(map(len, drawn)) >= 1 and drawn[:9] == [method.active_layers(draw) for draw in range(9)]
+        assert (np.abs(counts / draws - keep) < 4.5 * np.sqrt(keep * (1 - keep) / draws) + 1e-12).all(), (counts / draws, keep)
+
+
+def test_layer_drop_rescales_what_a_kept_layer_adds(started):
+    for model in ("bert", "t5"):
+        method, part, _ = started("layer_drop", model, "--rescale", "--gamma=1000")
+        part.clock.updates = 50
+        batch = part.corpus.batch(np.arange(2))
+        with torch.no_grad():
+            plain = part.model.loss(batch, [2])
+        scaled = part.model.loss(batch, [2])
+        keep = 1 - 3 / 4 * 0.5
+        with torch.no_grad():  # every branch ends in a matrix without bias
+            for name, parameter in part.model.layers[2].named_parameters():
+                if name.endswith("output.weight"):
+                    parameter /= keep
+            torch.testing.assert_close(part.model.loss(batch, [2]), scaled.detach(), rtol=1e-6, atol=1e-6)
+        assert abs(scaled.item() - plain.item()) > 1e-5
+
+
+def test_selection_percentile_equals_scipys():
+    from scipy.stats import percentileofscore
+
+    generator = np.random.default_rng(0)
+    for size in (1, 7, 1000):
+        history = generator.integers(0, 50, size) / 7 if size < 1000 else generator.normal(size=size)
+        losses = history[-5:]
+        expected = percentileofscore(history, losses, kind="rank") / 100
+        assert np.allclose(selective_backprop.percentiles(losses, history), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
+def test_selective_backprop_equals_the_literal_loop(started, beta):
+    method, part, _ = started("selective_backprop", "bert", f"--beta={beta}", "--loss_history=500", "--batch=50", "--selection_batch=20")
+    losses = np.random.default_rng(1).gamma(2.0, size=60_000)
+    part.row_losses = lambda positions: losses[positions]
+    history, waiting, position = collections.deque(maxlen=500), [], 0
+    candidates = accepted = 0
+    for _ in range(200):
+        while len(waiting) < 50:
+            group = range(position, position + 20)
+            position += 20
+            history.extend(losses[i] for i in group)
+            for i in group:
+                below, equal = sum(old < losses[i] for old in history), sum(old == losses[i] for old in history)
+                probability = ((below + (equal + 1) / 2) / len(history)) ** beta
+                if hash_of(part.corpus.seed, selective_backprop.ACCEPTANCE, i) / 2**32 < probability:
+                    waiting.append(i)
+        assert method.next_batch().tolist() == waiting[:50]
+        waiting = waiting[50:]
+        report = method.report()["selective_backprop"]
+        candidates, accepted = candidates + report["candidates"], accepted + report["accepted"]
+        assert report["waiting"] == len(waiting) and part.corpus.position[0] == position
+    share = 1 / (1 + beta)
+    print(f"selective backprop, beta {beta}: accepted {accepted / candidates:.4f} of {candidates}, 1 / (1 + beta) is {share:.4f}")
+    assert accepted / candidates == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / candidates) + 0.5 / 500)
+
+
+def test_rho_trains_on_the_largest_differences(started):
+    generator = np.random.default_rng(2)
+    theirs = SimpleNamespace()
+    method, part, _ = started("rho", "bert", "--mega_batch_factor=5", "--batch=40", prerequisites={rho.MODEL: theirs})
+    training, irreducible = generator.normal(size=(2, 2000)).round(1)  # with ties
+    part.row_losses = lambda positions, model=None: (irreducible if model is theirs else training)[positions]
+    for update in range(10):
+        candidates = list(range(200 * update, 200 * (update + 1)))
+        by_score = sorted(candidates, key=lambda i: irreducible[i] - training[i])  # stable: the earlier of equals
+        assert method.next_batch().tolist() == sorted(by_score[:40])
+    assert part.report()["chosen_score"] == pytest.approx(np.mean([training[i] - irreducible[i] for i in by_score[:40]]))
+
+
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_row_losses_are_those_of_the_rows(started, model):
+    method, part, _ = started("rho", model, "--micro_batch=3", prerequisites={})
+    expected = [part.model.loss(part.corpus.batch(np.array([position]))).item() for position in range(5, 12)]
+    assert part.row_losses(np.arange(5, 12)).tolist() == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        next(part.model.parameters()).fill_(math.nan)
+    with pytest.raises(UserError, match="stream position 5 is nan before update 1"):
+        part.row_losses(np.arange(5, 12))
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset", "copy"])
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_stacking_doubles_the_model(started, model, optimizer_state):
+    method, part, optimizer = started("stacking", model, "--growth_times=0.2,0.5", f"--optimizer_state={optimizer_state}", "--budget_steps=10")
+    network, batch = part.model, part.corpus.batch(np.arange(3))
+    assert method.active_layers(0) == [0]
+    part.clock.updates = 2
+    network.loss(batch, [0]).backward()
+    optimizer.step()
+    before = network.loss(batch, [0]).item()
+    by_hand = network.loss(batch, [0, 0]).item()  # the one layer twice
+    moment = optimizer.state[next(network.layers[0].parameters())]["exp_avg"].clone()
+    assert method.active_layers(0) == method.evaluation_layers() == [0, 1]
+    assert network.loss(batch, [0, 1]).item() == by_hand != before
+    for old, new in zip(network.layers[0].parameters(), network.layers[1].parameters()):
+        assert torch.equal(old, new) and old is not new
+        assert (old in optimizer.state, new in optimizer.state) == {"keep": (True, False), "reset": (False, False), "copy": (True, True)}[optimizer_state]
+        if optimizer_state == "copy":
+            assert torch.equal(optimizer.state[old]["exp_avg"], optimizer.state[new]["exp_avg"]) and optimizer.state[old]["exp_avg"] is not optimizer.state[new]["exp_avg"]
+    if optimizer_state != "reset":
+        assert torch.equal(optimizer.state[next(network.layers[0].parameters())]["exp_avg"], moment)
+    optimizer.zero_grad()
+    network.loss(batch, [0, 1]).backward()
+    optimizer.step()
+    by_hand = network.loss(batch, [0, 1, 0, 1]).item()
+    part.clock.updates = 5
+    assert method.active_layers(0) == [0, 1, 2, 3] and network.loss(batch).item() == by_hand
+    again = type(part)(*(getattr(part, name) for name in ("model", "corpus", "clock", "config", "finished_models")))
+    again.load_state_dict(part.state_dict())
+    assert again.evaluation_layers() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_a_method_that_is_turned_off_is_the_baseline(corpus_folder, t5_folder, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+
+    def run(name, *flags):
+        return train.main(small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / name, f"--model={model}", f"--method={name}", "--lr=0.001",
+                                    "--budget_steps=6", "--validations=1", *flags))  # fmt: skip
+
+    run("baseline")
+    for name, flag in (("stacking", "--growth_times="), ("layer_drop", "--theta_bar=1"), ("selective_backprop", "--beta=0"), ("rho", "--mega_batch_factor=1")):
+        result = run(name, flag)
+        assert_same_weights(tmp_path / "baseline", tmp_path / name)
+        assert list(result["prerequisites"]) == ([rho.MODEL] if name == "rho" else [])
+
+
+class Killed(BaseException):
+    """A process that is gone."""
+
+
+METHOD_RUNS = {
+    "stacking": ["--growth_times=0.25,0.5", "--optimizer_state=copy"],
+    "layer_drop": ["--gamma=30"],
+    "selective_backprop": ["--beta=2", "--selection_batch=4"],
+    "rho": [],
+    "lion": [],
+    "sophia": ["--hessian_interval=4"],
+    "stacking+selective_backprop+sophia": ["--growth_times=0.25,0.5", "--hessian_interval=4"],
+}
+
+
+@pytest.mark.parametrize("name", METHOD_RUNS)
+def test_every_method_resumes_bit_for_bit(corpus_folder, t5_folder, tmp_path, monkeypatch, name):
+    """Killed in updates 3, 4 and 10 of 12: before and after a growth, with rows that wait, between Hessian passes; and
+    rho in the run of its irreducible-loss model. What an update did in memory is gone, what was saved is there."""
+    model = "t5" if name == "lion" else "bert"
+    charge, kill_in = rst.Clock.charge, []
+
+    def charge_or_die(self, *arguments):
+        if kill_in and self.updates + 1 == kill_in[0]:
+            kill_in.pop(0)
+            raise Killed
+        return charge(self, *arguments)
+
+    monkeypatch.setattr(rst.Clock, "charge", charge_or_die)
+
+    def flags(folder):
+        monkeypatch.setattr(train, "ROOT", tmp_path / folder)
+        return small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / folder / "run", f"--model={model}", f"--method={name}", *METHOD_RUNS[name],
+                         "--budget_steps=12", "--validations=2", "--checkpoint_minutes=0.00001")  # fmt: skip
+
+    train.main(flags("plain"))
+    arguments = flags("killed")
+    if "rho" in name:
+        kill_in[:] = [5]
+        with pytest.raises(Killed):
+            train.main(arguments)  # in the other model's run; the same command goes on with it
+        assert not (tmp_path / "killed" / "run").exists()
+    kill_in[:] = [3, 4, 10]
+    for attempt in range(1 + len(kill_in)):
+        resumed = [f"--resume={tmp_path / 'killed' / 'run'}", "--checkpoint_minutes=0.00001"]
+        if kill_in:
+            with pytest.raises(Killed):
+                train.main(resumed if attempt else arguments)
+        else:
+            train.main(resumed)
+    assert_same_weights(tmp_path / "plain" / "run", tmp_path / "killed" / "run")
+    one, other = (log_of(tmp_path / folder / "run")[0] for folder in ("plain", "killed"))
+    timing = {"charged_seconds", "loop_seconds", "method_seconds", "cut_seconds", "free_seconds", "spent_seconds", "factor"}
+    assert [{key: value for key, value in record.items() if key not in timing} for record in one] == [
+        {key: value for key, value in record.items() if key not in timing} for record in other
+    ]
+
+
+def test_methods_with_two_processes(project, corpus_folder, tmp_path):
+    """The scores are gathered and the same rows chosen everywhere; killed and resumed, the same bits."""
+    add_methods(project, "kill")
+    for name, flags in (("selective_backprop+sophia+stacking", ["--selection_batch=5", "--hessian_interval=3", "--growth_times=0.4"]), ("rho+layer_drop", ["--gamma=30"])):
+        flags = [f"--method={name}+kill", *flags, "--budget_steps=8", "--validations=1", "--checkpoint_minutes=0.00001", "--lr=0.0005"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+        one = command("train.py", *small_run(corpus_folder, tmp_path / f"one-{name}", *flags), project=project)
+        two = command(*launch, *small_run(corpus_folder, tmp_path / f"two-{name}", *flags, "--threads=1"), project=project)
+        assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+        one, two = (log_of(tmp_path / f"{number}-{name}")[0] for number in ("one", "two"))
+        assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)
+        assert [record["row_layers"] for record in two] == [record["row_layers"] for record in one]
+    killed = command(*launch, *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=5", "--threads=1"), project=project)
+    assert killed.returncode != 0 and len(log_of(tmp_path / "killed")[0]) < 8
+    resumed = command(*launch, f"--resume={tmp_path / 'killed'}", project=project)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(tmp_path / f"two-{name}", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_methods_combine(corpus_folder, t5_folder, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    for name in ("stacking+lion", "rho+sophia", "layer_drop+selective_backprop", "stacking+rho+lion"):
+        result = train.main(small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / name, f"--model={model}", f"--method={name}", "--budget_steps=4",
+                                      "--validations=1", "--free_extra_passes" if "+lion" not in name else "--threads=2"))  # fmt: skip
+        updates, _ = log_of(tmp_path / name)
+        assert result["updates"] == 4 and (result["free_seconds"] > 0) == (name != "stacking+lion")
+        assert set(updates[-1]) & set(name.split("+")) == set(name.split("+")) & {"rho", "selective_backprop"}
+        if "lion" in name:
+            assert result["config"]["beta2"] == 0.99
+    for name, message in (("lion+sophia", "lion and sophia both update the weights"), ("rho+selective_backprop", "rho and selective_backprop both choose the rows"),
+                          ("stacking+layer_drop", "stacking and layer_drop both choose the layers that train")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            methods.find(name)
+
+
+def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    for name in ("selective_backprop", "sophia", "rho"):
+        free = [train.main(small_run(corpus_folder, tmp_path / f"{name}{flag}", f"--method={name}", "--budget_steps=10", "--validations=1", *flag))["free_seconds"]
+                for flag in ([], ["--free_extra_passes"])]  # fmt: skip
+        updates = [log_of(tmp_path / f"{name}{flag}")[0] for flag in ([], ["--free_extra_passes"])]
+        assert (free[0] > 0) == (name == "rho") and free[1] > free[0]  # the irreducible-loss model's passes are always free
+        assert [record["loss"] for record in updates[0]] == [record["loss"] for record in updates[1]]
+        assert all(record["method_seconds"] >= 0 for record in updates[1])
+
+
+def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+
+    def run(*flags):
+        flags = small_run(corpus_folder, tmp_path / str(len(flags)), "--method=rho", "--validations=1", *flags)
+        result = train.main(flags)
+        return capsys.readouterr().out, result["prerequisites"][rho.MODEL]
+
+    out, cost = run("--budget_steps=3")
+    assert "irreducible_loss_model: training runs" not in out  # its folder is not below the working directory here
+    assert "irreducible_loss_model: training" in out and "not charged" in out and cost["updates"] == 3 and cost["charged_seconds"] > 0
+    out, _ = run("--budget_steps=3", "--seed=1")
+    assert "irreducible_loss_model: reusing" in out
+    out, _ = run("--budget_steps=3", "--lr=0.0001", "--clip=2")  # its recipe is the baseline's, whatever the run's
+    assert "irreducible_loss_model: reusing" in out
+    out, _ = run("--budget_steps=4", "--lr=0.0001", "--clip=2", "--seed=3")
+    assert "irreducible_loss_model: training" in out
+    (folder, _) = sorted((tmp_path / "runs").iterdir())
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["method"] == "baseline" and stored["train_on"] == "holdout" and stored["seed"] == 0
+
+
 # -- Mistakes ---------------------------------------------------------------------------------------------
 
 
@@ -1173,6 +1586,14 @@ def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, 
         (["--resume=nowhere"], "nowhere"),
         (["--budget_hours=200", "--reference=this"], "add --yes"),
         (["--lr=1e30", "--budget_steps=9"], "the loss is"),
+        (["--method=lion", "--eps=1e-8"], "--eps=1e-08: lion divides by nothing"),
+        (["--method=rho", "--holdout=0"], "--holdout=0"),
+        (["--method=stacking", "--growth_times=0.5,0.2"], "rising numbers"),
+        (["--method=stacking", "--growth_times=soon"], "--growth_times=soon: expected shares"),
+        (["--method=stacking", "--growth_times=0.1,0.2,0.3"], "4 layers cannot be halved 3 time(s)"),
+        (["--method=selective_backprop", "--beta=-1"], "--beta=-1.0: expected a number from 0"),
+        (["--method=layer_drop", "--theta_bar=1.5"], "--theta_bar=1.5: expected a number from 0 to 1"),
+        (["--method=stacking", "--optimizer_state=drop"], "invalid choice: 'drop'"),
     ],
 )
 def test_a_mistake_is_a_message(corpus_folder, tmp_path, flags, message, capsys):

@@ -43,8 +43,8 @@ def sophia_update(parameter, gradient, momentum, hessian, rate, weight_decay, be
 def sample_labels(logits, uniform):
     """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P)."""
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
-    threshold = uniform.to(cumulative)[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    threshold = (1 - uniform).to(cumulative)[..., None] * cumulative[..., -1:]  # above 0: no label without probability
+    return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
 
 def hessian_estimate(gradients, label_tokens, clip):
