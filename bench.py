@@ -4,14 +4,18 @@
     python bench.py generate  T5's greedy generation with its cache and without
     python bench.py input     the input pipeline's share of a step
     python bench.py depth     cost of 4, 8, 12, 16 active layers next to the release's recorded times
+    python bench.py step      optimizer steps for BERT-base: fused AdamW, AdamWScale, Lion, Sophia
+    python bench.py costs     an update of every method next to the baseline's, what theory says, peak memory
     python bench.py load      updates that a budget buys with one thread, two, and two beside a busy process
 
 What is compared is interleaved in one run, because a shared machine's speed changes from minute to
 minute; every time is the median over the repeats (`load` prints every repeat).
 """
 
+import dataclasses
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +27,7 @@ import rst  # before torch: it says how OpenMP's threads wait
 
 import torch
 
+import methods
 import model as models
 import train
 from data.corpus import OBJECTIVES
@@ -178,6 +183,86 @@ def depth(repeats):
         print(f"| {layers} | {value:.2f} | {value / seconds[-1]:.3f} | {rst.RTX3090_BERT[layers - 1] / rst.RTX3090_BERT[-1]:.3f} |")
 
 
+def optimizer_steps(repeats, rows=8):
+    """Each optimizer has its own state; they share the weights and a gradient."""
+    model, config = models.build("bert", "base", 32768), train.resolve({"size": "base", "device": "cpu"})
+    steps, batch = {}, random_batch(config, rows)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+
+    def add(name, method, **changes):
+        config = dataclasses.replace(train.resolve({"size": "base", "device": "cpu", "method": method}), lr=1e-6, **changes)
+        (part,) = methods.find(method).classes.values()
+        steps[name] = part(model, None, None, config, {}).optimizer().step
+
+    add("AdamW, fused", "baseline")
+    add("AdamWScale", "baseline", rms_scaling=True)
+    for method in ("lion", "sophia"):
+        add(f"{method}, eager", method)
+        add(f"{method}, compiled", method, compile=True)
+        add(f"{method}, compiled, RMS scaling", method, compile=True, rms_scaling=True)
+    seconds = dict(zip(steps, interleaved(list(steps.values()), repeats)))
+    for parameter in model.parameters():
+        parameter.grad = None
+    (forward_backward,) = interleaved([lambda: model.loss(batch).backward()], 3, warm_up=1)
+    update = forward_backward * config.batch / rows
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters; an update of {config.batch} rows takes about {update:.0f} s here")
+    print("| optimizer | ms a step | relative to fused AdamW | share of an update |\n|---|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {1000 * value:.0f} | {value / seconds['AdamW, fused']:.2f} | {value / update:.3%} |")
+
+
+COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1000"]}
+
+
+def costs(repeats, updates=20):
+    """Runs of the loop at size small, in turns, on the documentation strings; rho's other model stays in runs/."""
+    for model, batch in (("bert", 16), ("t5", 4)):
+        flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}", f"--budget_steps={updates}",
+                 "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
+        seconds, records, memory = {}, {}, {}
+        for _ in range(repeats):
+            for method in ("baseline", "stacking", "layer_drop", "selective_backprop", "rho", "lion", "sophia"):
+                with tempfile.TemporaryDirectory() as folder:
+                    command = [sys.executable, "train.py", *flags, f"--method={method}", f"--out={folder}/run", *COST_FLAGS.get(method, [])]
+                    with open(f"{folder}/messages", "w+") as messages:
+                        process = subprocess.Popen(command, cwd=ROOT, stdout=messages, stderr=messages)
+                        _, status, usage = os.wait4(process.pid, 0)
+                        if status != 0:
+                            raise UserError(f"{' '.join(command)} failed: {Path(messages.name).read_text()[-500:]}")
+                    lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
+                records[method] = [line for line in lines if "loss" in line]
+                seconds.setdefault(method, []).append(statistics.mean(line["charged_seconds"] for line in records[method]))
+                memory[method] = usage.ru_maxrss / 2**20  # of kB
+        constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
+        full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
+        theory = {
+            "selective_backprop": 1 + statistics.mean(line["selective_backprop"]["candidates"] for line in records["selective_backprop"]) / batch / 3,
+            "rho": 1 + 2 / 3,
+            "sophia": 1 + {"bert": 0.5, "t5": 1.0}[model] / 10,
+        } | {
+            method: statistics.mean(constant + per_layer * line["row_layers"] / batch for line in records[method]) / full
+            for method in ("stacking", "layer_drop")
+        }  # fmt: skip
+        print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times in turns; an update with n layers takes {constant:.3f} + {per_layer:.3f} n s")
+        print("| method | an update, relative to the baseline's | theory | gap | peak memory, GB |\n|---|---|---|---|---|")
+        for method, values in seconds.items():
+            measured = statistics.median(value / base for value, base in zip(values, seconds["baseline"]))
+            expected = theory.get(method, 1.0)
+            print(f"| {method} | {measured:.3f} | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
+
+
+def cost_of_layers(config, rows, repeats=5):
+    """(a, b) of the seconds a + b n that an update with n layers takes, from a quarter of them, and all."""
+    model, batch = models.build(config.model, config.size, config.vocabulary), random_batch(config, rows)
+    optimizer, layers = Method(model, None, None, config, {}).optimizer(), len(model.layers)
+    few, all_of_them = interleaved([
+        training_step(model, lambda count=count: model.loss(batch, layers=list(range(count))), optimizer, config.clip) for count in (layers // 4, layers)
+    ], repeats)  # fmt: skip
+    per_layer = (all_of_them - few) / (layers - layers // 4)
+    return few - per_layer * (layers // 4), per_layer
+
+
 def load(repeats, budget_hours=6e-5):
     """Runs of the tiny model budgeted in rtx3090 time under three loads, with and without re-probing."""
     print(f"updates within {budget_hours:g} hours of rtx3090\n| re-probing | 1 thread | 2 threads | 2 threads beside a busy process | spread |\n|---|---|---|---|---|")
@@ -205,7 +290,7 @@ def load(repeats, budget_hours=6e-5):
 
 @exits_on_user_error
 def main(arguments=None):
-    benches = {"speed": (speed, 10), "generate": (generation, 3), "input": (input_pipeline, 20), "depth": (depth, 5), "load": (load, 1)}
+    benches = {"speed": (speed, 10), "generate": (generation, 3), "input": (input_pipeline, 20), "depth": (depth, 5), "step": (optimizer_steps, 10), "costs": (costs, 2), "load": (load, 1)}
     parser = Parser(description=__doc__)
     parser.add_argument("bench", choices=list(benches))
     parser.add_argument("--repeats", type=int)

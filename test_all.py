@@ -849,6 +849,11 @@ METHOD_FILES = {
             def next_batch(self):
                 return self.corpus.draw(1)
         """,
+    "narrow_layers": """
+        class NarrowLayers(Method):
+            def active_layers(self, draw):
+                return [0]
+        """,
     "grow": """
         class Grow(Method):
             grown = False
@@ -880,6 +885,11 @@ METHOD_FILES = {
                 with self.clock.free(), torch.no_grad():
                     teacher.loss(self.corpus.batch(self.corpus.draw(2, 1), 1))
         """,
+    "halved": """
+        class Halved(Method):
+            def evaluation_weights(self):
+                return {parameter: parameter.detach() / 2 for parameter in self.model.parameters()}
+        """,
     "burst": """
         import time
         class Burst(Method):
@@ -897,14 +907,15 @@ def add_methods(project, *names):
 
 
 def test_methods_are_found_by_file_and_combined(project):
-    add_methods(project, "wide", "plain_sgd", "narrow")
+    add_methods(project, "wide", "plain_sgd", "narrow", "narrow_layers")
     script = textwrap.dedent("""
         import methods, train
         assert {"baseline", "narrow", "plain_sgd", "wide"} <= set(methods.names())
         both = methods.find("plain_sgd+wide")
-        assert both.owner == dict(optimizer="plain_sgd", active_layers=None, evaluation_layers=None, next_batch="wide")
+        assert both.owner == dict(optimizer="plain_sgd", active_layers=None, evaluation_layers=None, evaluation_weights=None, next_batch="wide")
         assert both.defaults("bert", "base")["lr"] == 0.25  # the optimizer's wins
         assert both.defaults("bert", "base")["weight_decay"] == 0.3
+        assert methods.find("wide+narrow_layers").defaults("bert", "base")["lr"] == 0.5  # that one declares none
         typed, _ = train.parse(["--method=wide", "--factor=3", "--lr", "7", "--device=cpu"])
         config = train.resolve(typed)
         assert config.options == {"factor": 3} and config.lr == 7.0 and config.weight_decay == 0.3
@@ -1559,6 +1570,37 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
     (folder, _) = sorted((tmp_path / "runs").iterdir())
     stored = json.loads((folder / "config.json").read_text())
     assert stored["method"] == "baseline" and stored["train_on"] == "holdout" and stored["seed"] == 0
+
+
+def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
+    """As it stands there; killed and resumed, with another option, next to one of the six."""
+    (example,) = re.findall(r"```python\n(\"\"\"Largest loss.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (project / "methods" / "largest_loss.py").write_text(example)
+    add_methods(project, "kill")
+    flags = ["--method=largest_loss+lion+kill", "--candidates=4", "--budget_steps=6", "--checkpoint_minutes=0.00001", "--validations=1"]
+    plain = command("train.py", *small_run(corpus_folder, tmp_path / "plain", *flags), project=project)
+    assert plain.returncode == 0 and "clip 1," in plain.stdout, plain.stdout + plain.stderr
+    killed = command("train.py", *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=4"), project=project)
+    resumed = command("train.py", f"--resume={tmp_path / 'killed'}", project=project)
+    assert killed.returncode == -signal.SIGKILL and resumed.returncode == 0, resumed.stderr
+    assert_same_weights(tmp_path / "plain", tmp_path / "killed")
+    one, two = (log_of(tmp_path / folder)[0] for folder in ("plain", "killed"))
+    assert [record["largest_loss"] for record in one] == [record["largest_loss"] for record in two]
+
+
+def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, corpus_folder, tmp_path):
+    add_methods(project, "halved")
+    for name in ("baseline", "halved"):
+        result = command("train.py", *small_run(corpus_folder, tmp_path / name, f"--method={name}", "--budget_steps=5", "--validations=5"), project=project)
+        assert result.returncode == 0, result.stderr
+    one, other = log_of(tmp_path / "baseline"), log_of(tmp_path / "halved")
+    assert [record["loss"] for record in one[0]] == [record["loss"] for record in other[0]]
+    trained, saved = weights_of(tmp_path / "baseline"), weights_of(tmp_path / "halved")
+    assert all(torch.equal(saved[name], trained[name] / 2) for name in trained)
+    model = models.load(tmp_path / "halved" / "model.pt")
+    corpus = Corpus(corpus_folder, row_length=32, validation_rows=20)
+    assert train.validate(model, corpus, 6) == pytest.approx(other[1][-1]["validation_loss"], rel=1e-6)
+    assert one[1][-1]["validation_loss"] != other[1][-1]["validation_loss"]
 
 
 # -- Mistakes ---------------------------------------------------------------------------------------------

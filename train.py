@@ -10,6 +10,7 @@ model.pt (weights only), result.json (written last).
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -354,6 +355,20 @@ def validate(model, corpus, rows_per_batch):
     return total.item() / (corpus.validation_rows * corpus.predicted_per_row)
 
 
+@contextlib.contextmanager
+@torch.no_grad()
+def exchanged(weights):
+    """Gives parameters other values, {parameter: tensor}, and afterwards their own again."""
+    own = [parameter.clone() for parameter in weights]
+    for parameter, value in weights.items():
+        parameter.copy_(value)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(weights, own):
+            parameter.copy_(value)
+
+
 def warm_up(model, corpus, config, draws):
     """Runs the shapes of the run on throw-away batches, so that compilation and first-time work are done
     before the clock starts. Returns the seconds of one update's forward and backward."""
@@ -537,7 +552,8 @@ def train(config, folder, resume=False):
 
             # What is not charged: validation, checkpoints, probing.
             if int(clock.progress * config.validations) > int(progress * config.validations):
-                state.validation_loss = validate(model, corpus, config.micro_batch)
+                with exchanged(method.evaluation_weights()):
+                    state.validation_loss = validate(model, corpus, config.micro_batch)
                 write_log({"update": clock.updates, "validation_loss": state.validation_loss, "progress": clock.progress,
                            "lr": config.lr * SCHEDULES[config.schedule](clock.progress), "spent_seconds": clock.spent_seconds})  # fmt: skip
                 say(f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {state.validation_loss:.4f}")
@@ -571,7 +587,8 @@ def train(config, folder, resume=False):
         "wall_seconds": state.wall_seconds, "prerequisites": finished_runs,
     }  # fmt: skip
     if is_main():
-        models.save(model, folder / "model.pt")
+        with exchanged(method.evaluation_weights()):
+            models.save(model, folder / "model.pt")
         log.close()
         write_json(folder / "result.json", result)
     if dist.is_initialized():

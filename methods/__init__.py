@@ -19,6 +19,7 @@ PLACES = {
     "optimizer": "update the weights",
     "active_layers": "choose the layers that train",
     "evaluation_layers": "choose the layers that the model has",
+    "evaluation_weights": "choose the weights that are evaluated",
     "next_batch": "choose the rows",
 }
 
@@ -72,9 +73,10 @@ class Combination:
     def defaults(self, model, size):
         """Values of flags: the baseline's, over them each method's, the optimizer's last."""
         order = sorted(self.classes, key=lambda name: name == self.owner["optimizer"])
+        declared = [self.classes[name].defaults for name in order]
         merged = {}
-        for cls in [Method, *(self.classes[name] for name in order)]:
-            of_model = cls.defaults.get(model, {})
+        for defaults in [Method.defaults, *(own for own in declared if own is not Method.defaults)]:
+            of_model = defaults.get(model, {})
             merged |= of_model.get("base", {}) | of_model.get(size, {})
         return merged
 
@@ -104,6 +106,7 @@ class Running:
         self.make_optimizer = serving["optimizer"].optimizer
         self.next_batch = serving["next_batch"].next_batch
         self.evaluation_layers = serving["evaluation_layers"].evaluation_layers
+        self.evaluation_weights = serving["evaluation_weights"].evaluation_weights
         # Without a claimant all layers that the model has are active, whoever decides which those are.
         self.active_layers = (
             serving["active_layers"].active_layers if combination.owner["active_layers"] else lambda draw: self.evaluation_layers()

@@ -114,6 +114,11 @@ class Method:
         processes."""
         return self.corpus.draw(self.config.batch)
 
+    def evaluation_weights(self):
+        """With which weights is the model validated, and saved at the end? {parameter: tensor} of those that
+        are not the trained ones."""
+        return {}
+
     # Not exclusive: in a combination every method's are called.
 
     def after_step(self):
@@ -133,8 +138,9 @@ class Method:
     # Tools for methods that look at rows which they do not train on. All processes call them together.
 
     def extra_pass(self):
-        """The context of a pass that trains nothing: charged, unless --free_extra_passes."""
-        return self.clock.free() if self.config.options["free_extra_passes"] else contextlib.nullcontext()
+        """The context of a pass that trains nothing: charged, unless --free_extra_passes (of a method that has
+        FREE_EXTRA_PASSES among its options)."""
+        return self.clock.free() if self.config.options.get("free_extra_passes") else contextlib.nullcontext()
 
     def row_losses(self, positions, model=None):
         """The mean loss of each row at these stream positions, from a forward pass of the training model (or
