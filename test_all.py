@@ -1588,6 +1588,14 @@ def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
     assert [record["largest_loss"] for record in one] == [record["largest_loss"] for record in two]
 
 
+def test_what_no_file_can_hold_is_refused_when_it_is_returned():
+    stored = methods.plain({"a": [np.float32(0.5), (1, None)], "b": np.int64(3), "c": torch.ones(2)}, "mine", "state_dict", torch.Tensor)
+    assert stored["a"] == [0.5, [1, None]] and type(stored["a"][0]) is float and type(stored["b"]) is int and torch.equal(stored["c"], torch.ones(2))
+    for value in (np.ones(2), {1}, torch.ones(2)):
+        with pytest.raises(UserError, match=f"methods/mine.py: report.. has a {type(value).__name__} in it"):
+            methods.plain({"a": [value]}, "mine", "report")
+
+
 def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, corpus_folder, tmp_path):
     add_methods(project, "halved")
     for name in ("baseline", "halved"):

@@ -10,6 +10,9 @@ import inspect
 import math
 import pkgutil
 
+import numpy as np
+import torch
+
 from errors import UserError
 
 from .baseline import Method
@@ -122,7 +125,7 @@ class Running:
 
     def report(self):
         """{method: {name: number}} of those that have something to say."""
-        reports = {name: part.report() for name, part in self.parts.items()}
+        reports = {name: plain(part.report(), name, "report") for name, part in self.parts.items()}
         return {name: report for name, report in reports.items() if report}
 
     def after_step(self):
@@ -130,8 +133,23 @@ class Running:
             part.after_step()
 
     def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {name: plain(part.state_dict(), name, "state_dict", torch.Tensor) for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+
+def plain(value, name, place, *also):
+    """What a method returned, for a file: NumPy's numbers become Python's; what no file can hold is refused
+    here, not when it is read again."""
+    if isinstance(value, dict):
+        return {key: plain(part, name, place, *also) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part, name, place, *also) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str, *also)):
+        return value
+    tensors = "tensors, " if also else ""
+    raise UserError(f"methods/{name}.py: {place}() has a {type(value).__name__} in it; it may hold {tensors}numbers, strings, lists and dictionaries (of an array: .tolist())")
