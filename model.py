@@ -437,9 +437,11 @@ class T5(LanguageModel):
         with self.autocast():
             tokens, labels, padding = batch["tokens"], batch["labels"], self.padding_bias(batch)
             previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with [PAD], id 0
-            # One look-up for both stacks: its gradient is as large as the embedding.
-            read, previous = self.embed(torch.cat([tokens, previous], dim=1)).split([tokens.shape[1], labels.shape[1]], dim=1)
-            return self.decode(previous, self.encode(read, padding, layers), padding, layers)
+            # One look-up for both stacks, because its gradient is as large as the embedding; of flat tokens, so
+            # that both parts are contiguous, as what the layers give each other (to a compiler that matters).
+            read, previous = self.embed(torch.cat([tokens.flatten(), previous.flatten()])).split([tokens.numel(), labels.numel()])
+            encoded = self.encode(read.view(*tokens.shape, -1), padding, layers)
+            return self.decode(previous.view(*labels.shape, -1), encoded, padding, layers)
 
     @torch.no_grad()
     def generate(self, batch, max_length, end=1, use_cache=True):

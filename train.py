@@ -1,7 +1,7 @@
 """Trains a model with a method under a budget of reference system time.
 
     python train.py                                     what this machine can do in three minutes
-    python train.py --method=rho --budget_hours=12      a method of methods/, 12 hours on the reference
+    python train.py --method=NAME --budget_hours=12     a method of methods/, 12 hours on the reference
     python train.py --resume=runs/NAME                  goes on where a run was stopped
     torchrun --nproc_per_node=8 train.py ...            the same on many devices
 
