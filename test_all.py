@@ -1606,6 +1606,16 @@ def test_what_no_file_can_hold_is_refused_when_it_is_returned():
             methods.plain({"a": [value]}, "mine", "report")
 
 
+@pytest.mark.parametrize("place, returned", [("optimizer", None), ("next_batch", 5), ("next_batch", np.empty(0, int)), ("next_batch", np.ones(2)), ("active_layers", [4]),
+                                             ("active_layers", [-1]), ("evaluation_layers", None)])  # fmt: skip
+def test_a_wrong_answer_is_named_with_its_file(started, monkeypatch, place, returned):
+    method, part, _ = started("baseline", "bert")
+    monkeypatch.setattr(part, place, lambda *arguments: returned)
+    monkeypatch.setitem(method.owner, place, "baseline")
+    with pytest.raises(UserError, match=rf"methods/baseline.py: {place}\(\) returned .*; expected"):
+        getattr(method, place)(*[0] * (place == "active_layers"))
+
+
 def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, corpus_folder, tmp_path):
     add_methods(project, "halved")
     for name in ("baseline", "halved"):

@@ -99,29 +99,52 @@ class Combination:
 
 
 class Running:
-    """A started combination: what the training loop talks to."""
+    """A started combination: what the training loop talks to. It checks what a place returns, so that a mistake in
+    a method file is named with that file."""
 
     def __init__(self, combination, model, corpus, clock, config, prerequisites):
         arguments = (model, corpus, clock, config, prerequisites)
         self.parts = {name: cls(*arguments) for name, cls in combination.classes.items()}
-        baseline = Method(*arguments)
-        serving = {place: self.parts.get(owner, baseline) for place, owner in combination.owner.items()}
-        self.make_optimizer = serving["optimizer"].optimizer
-        self.next_batch = serving["next_batch"].next_batch
-        self.evaluation_layers = serving["evaluation_layers"].evaluation_layers
-        self.evaluation_weights = serving["evaluation_weights"].evaluation_weights
-        # Without a claimant all layers that the model has are active, whoever decides which those are.
-        self.active_layers = (
-            serving["active_layers"].active_layers if combination.owner["active_layers"] else lambda draw: self.evaluation_layers()
-        )
+        self.baseline, self.owner = Method(*arguments), combination.owner
         self.draws_per_update = combination.draws_per_update(config)
-        self.owns_optimizer = combination.owner["optimizer"] is not None
+        self.owns_optimizer = self.owner["optimizer"] is not None
+        self.all_layers = range(len(model.layers))
+
+    def serve(self, place, *arguments):
+        return getattr(self.parts.get(self.owner[place], self.baseline), place)(*arguments)
+
+    def expect(self, holds, place, returned, expected):
+        if not holds:
+            raise UserError(f"methods/{self.owner[place]}.py: {place}() returned {returned!r:.100}; expected {expected}")
+        return returned
 
     def optimizer(self):
-        optimizer = self.make_optimizer()
+        optimizer = self.serve("optimizer")
+        self.expect(isinstance(optimizer, torch.optim.Optimizer), "optimizer", optimizer, "a torch.optim.Optimizer")
         for part in self.parts.values():
             part.shared_optimizer = optimizer
         return optimizer
+
+    def active_layers(self, draw):
+        # Without a claimant all layers that the model has are active, whoever decides which those are.
+        if not self.owner["active_layers"]:
+            return self.evaluation_layers()
+        return self.checked_layers("active_layers", self.serve("active_layers", draw))
+
+    def evaluation_layers(self):
+        return self.checked_layers("evaluation_layers", self.serve("evaluation_layers"))
+
+    def checked_layers(self, place, layers):
+        holds = isinstance(layers, list) and all(layer in self.all_layers for layer in layers)
+        return self.expect(holds, place, layers, f"a list of layers from 0 to {self.all_layers[-1]}")
+
+    def evaluation_weights(self):
+        return self.serve("evaluation_weights")
+
+    def next_batch(self):
+        positions = self.serve("next_batch")
+        holds = isinstance(positions, np.ndarray) and positions.ndim == 1 and len(positions) and positions.dtype.kind == "i"
+        return self.expect(holds, "next_batch", positions, "an array of stream positions, at least one")
 
     def report(self):
         """{method: {name: number}} of those that have something to say."""

@@ -108,8 +108,10 @@ class Sophia(Method):
                 hessian.lerp_(estimate, 1 - self.config.beta2)
                 won += (momentum.abs() < threshold * hessian).sum()
                 weights += momentum.numel()
-            self.win_rate = won.item() / weights
-            if not all(torch.isfinite(estimate).all() for estimate in estimates):
+            norms = torch.stack(torch._foreach_norm(estimates))
+            won, finite = torch.stack([won, norms.isfinite().all()]).tolist()  # waits for the device
+            self.win_rate = won / weights
+            if not finite:
                 raise UserError(f"the Hessian pass after update {self.updates} is not finite; use --dtype=bf16 or fp32, or a lower --lr")
 
     def report(self):
