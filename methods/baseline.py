@@ -236,13 +236,16 @@ class AdamWScale(torch.optim.AdamW):
                 group["params"][0].mul_(1 - lr * weight_decay)
 
 
+TOGETHER = 8  # tensors that TensorOptimizer updates in one call
+
+
 class TensorOptimizer(torch.optim.Optimizer):
     """An optimizer made of a function that updates one tensor.
 
         rule(parameter, gradient, *state, rate, weight_decay, **constants)     all in place
 
-    `state` are tensors that start at zero; `rate` and `weight_decay` are 0-dim tensors. Called with flat tensors, so
-    that one compilation serves all shapes, and layers that come and go need no other.
+    `state` are tensors that start at zero; `rate` and `weight_decay` are 0-dim tensors. Compiled once, for eight flat
+    tensors of any sizes: layers that come and go need no other code, and a CPU's threads are woken once for eight.
 
     Args:
         groups: as torch.optim's, with "weight_decay".
@@ -255,17 +258,26 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups, rule, lr, rms_scaling=False, compile=False, **constants):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
-        self.rule, self.rms_scaling, self.constants = rule, rms_scaling, constants
         names = list(inspect.signature(rule).parameters)
         self.state_names = names[2 : names.index("rate")]
+
+        def update(rows, rate, weight_decay):
+            scales = rms_scales([row[0] for row in rows]) if rms_scaling else [1.0] * len(rows)
+            for row, scale in zip(rows, scales):
+                rule(*row, rate * scale, weight_decay, **constants)
+
+        self.update, self.spare_rows = update, []
         if compile:
-            self.rule = torch.compile(rule, dynamic=True)
-            # Scalars and one-element tensors have a graph of their own. These are thrown away.
-            like = self.param_groups[0]["params"][0]
-            for elements in (1, 64, 4096):
-                flat = [torch.zeros(elements, device=like.device) for _ in range(2 + len(self.state_names))]
-                number = torch.zeros((), device=like.device)
-                self.rule(*flat, number, number, **constants)
+            self.update = torch.compile(update, dynamic=True)
+            device = self.param_groups[0]["params"][0].device
+
+            def rows(sizes):
+                return [[torch.zeros(size, device=device) for _ in range(2 + len(self.state_names))] for size in sizes]
+
+            # Sizes that are equal here would be taken to be equal for ever, and small ones to be for one thread.
+            with torch.no_grad():
+                self.update(rows(range(2**17, 2**17 + TOGETHER)), *(torch.zeros((), device=device) for _ in range(2)))
+            self.spare_rows = rows([2] * TOGETHER)
 
     @torch.no_grad()
     def step(self):
@@ -274,11 +286,13 @@ class TensorOptimizer(torch.optim.Optimizer):
             if not used:
                 continue
             rate, weight_decay = (torch.tensor(group[name], dtype=torch.float32, device=used[0].device) for name in ("lr", "weight_decay"))
-            scales = rms_scales(used) if self.rms_scaling else None
-            for index, parameter in enumerate(used):
-                state = self.state[parameter]
-                if not state:
-                    state.update({name: torch.zeros_like(parameter) for name in self.state_names})
-                flat = [tensor.detach().view(-1) for tensor in (parameter, *(state[name] for name in self.state_names))]
-                scaled = rate * scales[index] if scales else rate
-                self.rule(flat[0], parameter.grad.reshape(-1), *flat[1:], scaled, weight_decay, **self.constants)
+            rows = []
+            for parameter in used:
+                if not self.state[parameter]:
+                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in self.state_names}
+                state = [self.state[parameter][name] for name in self.state_names]
+                rows.append([tensor.detach().view(-1) for tensor in (parameter, *state)])
+                rows[-1].insert(1, parameter.grad.reshape(-1))
+            for start in range(0, len(rows), TOGETHER):
+                together = rows[start : start + TOGETHER]
+                self.update(together + self.spare_rows[len(together) :], rate, weight_decay)
