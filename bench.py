@@ -215,12 +215,12 @@ def optimizer_steps(repeats, rows=8):
 COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1000"]}
 
 
-def costs(repeats, updates=20):
+def costs(repeats, updates=12):
     """Runs of the loop at size small, in turns, on the documentation strings; rho's other model stays in runs/."""
     for model, batch in (("bert", 16), ("t5", 4)):
         flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}", f"--budget_steps={updates}",
                  "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
-        seconds, records, memory = {}, {}, {}
+        seconds, records, memory, notes = {}, {}, {}, []
         for _ in range(repeats):
             for method in ("baseline", "stacking", "layer_drop", "selective_backprop", "rho", "lion", "sophia"):
                 with tempfile.TemporaryDirectory() as folder:
@@ -236,9 +236,11 @@ def costs(repeats, updates=20):
                 memory[method] = usage.ru_maxrss / 2**20  # of kB
         constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
         full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
-        theory = {
-            "selective_backprop": 1 + statistics.mean(line["selective_backprop"]["candidates"] for line in records["selective_backprop"]) / batch / 3,
-            "rho": 1 + 2 / 3,
+        scored = {  # rows that are scored for each that is trained on
+            "selective_backprop": statistics.mean(line["selective_backprop"]["candidates"] for line in records["selective_backprop"]) / batch,
+            "rho": 2.0,
+        }
+        theory = {method: 1 + rows / 3 for method, rows in scored.items()} | {
             "sophia": 1 + {"bert": 0.5, "t5": 1.0}[model] / 10,
         } | {
             method: statistics.mean(constant + per_layer * line["row_layers"] / batch for line in records[method]) / full
@@ -250,6 +252,10 @@ def costs(repeats, updates=20):
             measured = statistics.median(value / base for value, base in zip(values, seconds["baseline"]))
             expected = theory.get(method, 1.0)
             print(f"| {method} | {measured:.3f} | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
+            if method in scored:
+                share = (measured - 1) / scored[method]
+                notes.append(f"{method} scores {scored[method]:.2f} rows for each that it trains on; one costs {share:.3f} of an update's row (theory 0.333)")
+        print("\n".join(notes))
 
 
 def cost_of_layers(config, rows, repeats=5):
