@@ -61,7 +61,7 @@ class Method:
                 rms_scaling=False,
             ),
             "small": dict(batch=32, lr=1e-3),
-            "tiny": dict(batch=8, lr=2e-3),
+            "tiny": dict(batch=8, lr=1e-3),
         },
         "t5": {
             # METHODS 4.2: the study's recipe.

@@ -36,11 +36,16 @@ def percentiles(losses, history):
 class SelectiveBackprop(Method):
     options = {
         "beta": Option(1.0, "exponent of the percentile: a share of 1 / (1 + beta) is accepted", minimum=0.0),
-        "loss_history": Option(5000, "losses that a loss is ranked among", minimum=1),
+        "loss_history": Option(5000, "losses that a loss is ranked among (smaller models: fewer)", minimum=1),
         "selection_batch": Option(128, "candidates that are scored together, at most a batch (t5: 72)", minimum=1),
         **FREE_EXTRA_PASSES,
     }
-    defaults = {"t5": {"base": dict(selection_batch=72)}}
+    # With small batches the study's 5,000 losses would be hundreds of updates old, and while the loss falls hardly a row
+    # would rank high among them: the history spans as many batches as in the study (3.3 in BERT, 35 in T5).
+    defaults = {
+        "bert": {"small": dict(loss_history=104), "tiny": dict(loss_history=26)},
+        "t5": {"base": dict(selection_batch=72), "small": dict(loss_history=555), "tiny": dict(loss_history=278)},
+    }
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
