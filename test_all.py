@@ -454,6 +454,8 @@ def test_base_has_the_studys_parameters_and_initial_values():
             assert parameter.item() == pytest.approx(768**-0.5)
         else:
             assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
+    narrow = models.build("bert", "tiny", 2048).layers[0].feed_forward.linear.weight  # 1/3 of base's width
+    assert narrow.std().item() == pytest.approx(0.02 * 3**0.5, rel=0.01)
 
 
 class ReferenceLayer(nn.Module):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import methods
 import model as models
 from data.corpus import Corpus
-from data.prepare import boolean, corpus_folder
+from data.prepare import TINY_VOCABULARY, boolean, corpus_folder
 from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import SCHEDULES
 from parallel import cut, gather, is_main, process, processes, sum_over_processes
@@ -66,7 +66,7 @@ class Config:
     method: str = setting("baseline", "a file of methods/, or several joined by +")
     # On what
     data: str = setting(None, "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)")
-    vocabulary: int = setting(None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192)")
+    vocabulary: int = setting(None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)")
     row_length: int = setting(None, "tokens that a row reads (128; t5 from small on: 512)")
     holdout: float = setting(0.2, "share of the rows that is kept from training, for every method alike")
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
@@ -101,7 +101,10 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads", "checkpoint_minutes", "out", "yes"}
-VOCABULARY = {"bert": {"tiny": 8192, "small": 8192, "base": 32768}, "t5": {"tiny": 8192, "small": 8192, "base": 32128}}
+VOCABULARY = {
+    "bert": {"tiny": TINY_VOCABULARY["bert"], "small": 8192, "base": 32768},
+    "t5": {"tiny": TINY_VOCABULARY["t5"], "small": 8192, "base": 32128},
+}
 ROW_LENGTH = {"bert": {"tiny": 128, "small": 128, "base": 128}, "t5": {"tiny": 128, "small": 512, "base": 512}}
 MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
 VALIDATION_ROWS = {"tiny": 1000, "small": 1000, "base": 10_000}
