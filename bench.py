@@ -34,6 +34,7 @@ from data.corpus import OBJECTIVES
 from data.prepare import SENTINELS
 from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import Method
+from methods.sophia import STUDYS_ROWS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -212,10 +213,11 @@ def optimizer_steps(repeats, rows=8):
         print(f"| {name} | {1000 * value:.0f} | {value / seconds['AdamW, fused']:.2f} | {value / update:.3%} |")
 
 
+# In so few updates: growth at a quarter and a half, and layers dropped at the final rate from the second update on.
 COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1000"]}
 
 
-def costs(repeats, updates=12):
+def costs(repeats, updates=20):
     """Runs of the loop at size small, in turns, on the documentation strings; rho's other model stays in runs/."""
     for model, batch in (("bert", 16), ("t5", 4)):
         flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}", f"--budget_steps={updates}",
@@ -236,12 +238,13 @@ def costs(repeats, updates=12):
                 memory[method] = usage.ru_maxrss / 2**20  # of kB
         constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
         full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
+        rho_options, sophia_options = (train.resolve({"model": model, "size": "small", "device": "cpu", "method": method}).options for method in ("rho", "sophia"))
         scored = {  # rows that are scored for each that is trained on
             "selective_backprop": statistics.mean(line["selective_backprop"]["candidates"] for line in records["selective_backprop"]) / batch,
-            "rho": 2.0,
+            "rho": rho_options["mega_batch_factor"],
         }
         theory = {method: 1 + rows / 3 for method, rows in scored.items()} | {
-            "sophia": 1 + {"bert": 0.5, "t5": 1.0}[model] / 10,
+            "sophia": 1 + STUDYS_ROWS[model] * (updates // sophia_options["hessian_interval"]) / updates,
         } | {
             method: statistics.mean(constant + per_layer * line["row_layers"] / batch for line in records[method]) / full
             for method in ("stacking", "layer_drop")
@@ -249,9 +252,10 @@ def costs(repeats, updates=12):
         print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times in turns; an update with n layers takes {constant:.3f} + {per_layer:.3f} n s")
         print("| method | an update, relative to the baseline's | theory | gap | peak memory, GB |\n|---|---|---|---|---|")
         for method, values in seconds.items():
-            measured = statistics.median(value / base for value, base in zip(values, seconds["baseline"]))
+            ratios = [value / base for value, base in zip(values, seconds["baseline"])]
+            measured = statistics.median(ratios)
             expected = theory.get(method, 1.0)
-            print(f"| {method} | {measured:.3f} | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
+            print(f"| {method} | {measured:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
             if method in scored:
                 share = (measured - 1) / scored[method]
                 notes.append(f"{method} scores {scored[method]:.2f} rows for each that it trains on; one costs {share:.3f} of an update's row (theory 0.333)")

@@ -27,7 +27,7 @@ def cut(positions, draws, micro_batch):
     shared out over the processes and cut to at most `micro_batch` rows."""
     for draw, group in enumerate(np.array_split(positions, draws)):
         if 0 < len(group) < processes():  # a process without rows would have no gradients to add
-            raise UserError(f"{len(positions)} rows in {draws} group(s) cannot be shared out over {processes()} processes; use fewer, or a larger --batch")
+            raise UserError(f"{len(positions)} rows in {draws} group(s) cannot be shared out over {processes()} processes; use fewer processes, or a larger --batch (or whatever option of the method says how many rows it takes)")
         mine = np.array_split(group, processes())[process()]
         for first in range(0, len(mine), micro_batch):
             yield draw, mine[first : first + micro_batch]

@@ -37,8 +37,8 @@ from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND, Corpus, hash_of, permute
 from errors import UserError
-from methods import baseline, layer_drop, rho, selective_backprop, sophia
-from methods.baseline import Method, TensorOptimizer, one_cycle, parameter_groups
+from methods import baseline, layer_drop, lion, rho, selective_backprop, sophia
+from methods.baseline import Method, Option, TensorOptimizer, one_cycle, parameter_groups
 from methods.lion import lion_update
 from methods.sophia import sophia_update
 
@@ -1305,7 +1305,7 @@ def test_sophias_pass_touches_nothing_but_the_hessian(started):
 
 @pytest.mark.parametrize("theta_bar", [0.5, 0.0])
 def test_layer_drop_keeps_as_its_formula_says(theta_bar):
-    layers, gamma, draws = 4, 20.0, 50_000
+    layers, gamma, draws = 4, 20.0, 100_000
     config = SimpleNamespace(options=dict(theta_bar=theta_bar, gamma=gamma, rescale=False))
     clock = SimpleNamespace(progress=0.0, updates=0)
     corpus = SimpleNamespace(uniform=lambda *numbers: hash_of(0, *numbers) / 2**32)
@@ -1321,10 +1321,51 @@ def test_layer_drop_keeps_as_its_formula_says(theta_bar):
         assert (np.abs(counts / draws - keep) < 4.5 * np.sqrt(keep * (1 - keep) / draws) + 1e-12).all(), (counts / draws, keep)
 
 
+def test_each_group_of_rows_has_layers_of_its_own(started, corpus_folder, tmp_path, monkeypatch):
+    """Three draws an update, as base has twelve; a rate of 0 keeps the weights where they can be known."""
+    monkeypatch.setattr(layer_drop.LayerDrop, "rows_per_draw", {"bert": 2})
+    flags = ["--gamma=1000", "--lr=0", "--budget_steps=6", "--micro_batch=1"]
+    method, part, _ = started("layer_drop", "bert", *flags)
+    train.main(small_run(corpus_folder, tmp_path / "looped", "--method=layer_drop", *flags, "--validations=1"))
+    updates, _ = log_of(tmp_path / "looped")
+    for record in updates:
+        part.clock.updates = record["update"] - 1
+        layers = [method.active_layers(draw) for draw in range(3)]
+        batch = [part.corpus.batch(np.array([6 * part.clock.updates + row])) for row in range(6)]
+        loss = sum(part.model.loss(batch[row], layers[row // 2]) for row in range(6)) / 6
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in part.model.parameters() if parameter.grad is not None])
+        part.model.zero_grad(set_to_none=True)
+        assert (record["loss"], record["gradient_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-5)
+        assert record["row_layers"] == 2 * sum(map(len, layers))
+    assert len(set(map(tuple, layers))) > 1
+
+
+def test_one_graph_serves_all_layers_that_are_rescaled():
+    """More layers than torch.compile makes versions of one function."""
+    model = models.BERT(models.BERTConfig(vocabulary_size=64, n_layers=12, d_model=8, n_heads=2, d_ff=8))
+    clock, options = SimpleNamespace(progress=0.0, updates=0), dict(theta_bar=0.5, gamma=10.0, rescale=True)
+    corpus = SimpleNamespace(uniform=lambda *numbers: hash_of(0, *numbers) / 2**32)
+    method = layer_drop.LayerDrop(model, corpus, clock, SimpleNamespace(options=options, device="cpu"), {})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    tokens = torch.arange(12).view(2, 6)
+    for clock.updates in range(3):
+        clock.progress = clock.updates / 3
+        h = model.encode(tokens, method.active_layers(0))
+        assert train.compilations() == 1, clock.updates
+    with torch.no_grad():
+        assert not torch.equal(model.encode(tokens, method.active_layers(0)), h)
+    assert train.compilations() == 2
+
+
 def test_layer_drop_rescales_what_a_kept_layer_adds(started):
     for model in ("bert", "t5"):
         method, part, _ = started("layer_drop", model, "--rescale", "--gamma=1000")
         part.clock.updates = 50
+        method.active_layers(0)
         batch = part.corpus.batch(np.arange(2))
         with torch.no_grad():
             plain = part.model.loss(batch, [2])
@@ -1336,6 +1377,8 @@ def test_layer_drop_rescales_what_a_kept_layer_adds(started):
                     parameter /= keep
             torch.testing.assert_close(part.model.loss(batch, [2]), scaled.detach(), rtol=1e-6, atol=1e-6)
         assert abs(scaled.item() - plain.item()) > 1e-5
+        method.after_step()  # a pass with gradients between updates, as Sophia's, is of the model that is evaluated
+        assert part.model.loss(batch, [2]).item() == pytest.approx(scaled.item(), rel=1e-6)
 
 
 def test_selection_percentiles_equal_counts():
@@ -1443,8 +1486,8 @@ def test_a_method_that_is_turned_off_is_the_baseline(corpus_folder, t5_folder, t
                                     "--budget_steps=6", "--validations=1", *flags))  # fmt: skip
 
     run("baseline")
-    for name, flag in (("stacking", "--growth_times="), ("layer_drop", "--theta_bar=1"), ("selective_backprop", "--beta=0"), ("rho", "--mega_batch_factor=1")):
-        result = run(name, flag)
+    for name, *flags in (("stacking", "--growth_times="), ("layer_drop", "--theta_bar=1"), ("selective_backprop", "--beta=0", "--selection_batch=4"), ("rho", "--mega_batch_factor=1")):
+        result = run(name, *flags)
         assert_same_weights(tmp_path / "baseline", tmp_path / name)
         assert list(result["prerequisites"]) == ([rho.MODEL] if name == "rho" else [])
 
@@ -1519,11 +1562,13 @@ def test_methods_with_two_processes(project, corpus_folder, tmp_path):
         one, two = (log_of(tmp_path / f"{number}-{name}")[0] for number in ("one", "two"))
         assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)
         assert [record["row_layers"] for record in two] == [record["row_layers"] for record in one]
-    killed = command(*launch, *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=5", "--threads=1"), project=project)
-    assert killed.returncode != 0 and len(log_of(tmp_path / "killed")[0]) < 8
-    resumed = command(*launch, f"--resume={tmp_path / 'killed'}", project=project)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_weights(tmp_path / f"two-{name}", tmp_path / "killed")
+        out = tmp_path / f"killed-{name}"
+        (project / "killed-5").unlink(missing_ok=True)  # the other combination's mark
+        killed = command(*launch, *small_run(corpus_folder, out, *flags, "--kill_at=5", "--threads=1"), project=project)
+        assert killed.returncode != 0 and len(log_of(out)[0]) < 8
+        resumed = command(*launch, f"--resume={out}", project=project)
+        assert resumed.returncode == 0, resumed.stderr
+        assert_same_weights(tmp_path / f"two-{name}", out)
 
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
@@ -1544,14 +1589,35 @@ def test_methods_combine(corpus_folder, t5_folder, tmp_path, monkeypatch, model)
 
 
 def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypatch):
+    """By a clock on which only such a pass takes time: a second, exactly."""
     monkeypatch.setattr(train, "ROOT", tmp_path)
-    for name in ("selective_backprop", "sophia", "rho"):
-        free = [train.main(small_run(corpus_folder, tmp_path / f"{name}{flag}", f"--method={name}", "--budget_steps=10", "--validations=1", *flag))["free_seconds"]
-                for flag in ([], ["--free_extra_passes"])]  # fmt: skip
-        updates = [log_of(tmp_path / f"{name}{flag}")[0] for flag in ([], ["--free_extra_passes"])]
-        assert (free[0] > 0) == (name == "rho") and free[1] > free[0]  # the irreducible-loss model's passes are always free
-        assert [record["loss"] for record in updates[0]] == [record["loss"] for record in updates[1]]
-        assert all(record["method_seconds"] >= 0 for record in updates[1])
+    seconds, passes = [0.0], collections.Counter()
+    monkeypatch.setattr(train, "now", lambda device: seconds[0])
+    monkeypatch.setattr(rst, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+
+    def taking_a_second(place):
+        original = getattr(Method, place)
+
+        def wrapper(self, *arguments):
+            seconds[0] += 1
+            passes["always free" if place == "row_losses" and len(arguments) == 2 else "extra"] += 1
+            return original(self, *arguments)
+
+        return wrapper
+
+    for place in ("row_losses", "mean_gradients"):
+        monkeypatch.setattr(Method, place, taking_a_second(place))
+    for name, *flags in (("selective_backprop",), ("sophia", "--hessian_interval=2"), ("rho",)):
+        losses = []
+        for free in ([], ["--free_extra_passes"]):
+            passes.clear()
+            out = tmp_path / f"{name}{free}"
+            result = train.main(small_run(corpus_folder, out, f"--method={name}", "--budget_steps=6", "--validations=1", *flags, *free))
+            losses.append([record["loss"] for record in log_of(out)[0]])
+            assert passes["extra"] >= 3 and passes["always free"] == (6 if name == "rho" else 0)
+            charged, uncharged = (0, passes["extra"]) if free else (passes["extra"], 0)
+            assert (result["charged_seconds"], result["free_seconds"]) == (charged, uncharged + passes["always free"])
+        assert losses[0] == losses[1]
 
 
 def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, capsys):
@@ -1563,7 +1629,6 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
         return capsys.readouterr().out, result["prerequisites"][rho.MODEL]
 
     out, cost = run("--budget_steps=3")
-    assert "irreducible_loss_model: training runs" not in out  # its folder is not below the working directory here
     assert "irreducible_loss_model: training" in out and "not charged" in out and cost["updates"] == 3 and cost["charged_seconds"] > 0
     out, _ = run("--budget_steps=3", "--seed=1")
     assert "irreducible_loss_model: reusing" in out
@@ -1572,7 +1637,14 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
     out, _ = run("--budget_steps=4", "--lr=0.0001", "--clip=2", "--seed=3")
     assert "irreducible_loss_model: training" in out
     (folder, _) = sorted((tmp_path / "runs").iterdir())
+    (tmp_path / "other.txt").write_text("\n\n".join(words_text(seed, 100) for seed in range(1000, 1200)))
     stored = json.loads((folder / "config.json").read_text())
+    shutil.copytree(corpus_folder, tmp_path / "again")
+    out, _ = run("--budget_steps=3", "--validation_rows=9", "--clip=1", f"--data={tmp_path / 'again'}", "--batch=5")
+    assert "irreducible_loss_model: training" in out
+    prepare.prepare("again", str(tmp_path / "other.txt"), 512, folder=tmp_path / "again")
+    out, _ = run("--budget_steps=3", "--validation_rows=9", "--clip=1", f"--data={tmp_path / 'again'}", "--batch=5", "--seed=1")
+    assert "irreducible_loss_model: training" in out  # the same plan, but other text
     assert stored["method"] == "baseline" and stored["train_on"] == "holdout" and stored["seed"] == 0
 
 
@@ -1593,10 +1665,10 @@ def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("name, model", [("layer_drop", "bert"), ("stacking", "t5")])
+@pytest.mark.parametrize("name, model", [("layer_drop+lion --rescale --gamma=30", "bert"), ("stacking --growth_times=0.3,0.6", "t5")])
 def test_layers_that_come_and_go_are_not_compiled_again(corpus_folder, t5_folder, tmp_path, name, model):
-    flags = ["--compile", "--budget_steps=10", "--validations=1", "--gamma=30" if name == "layer_drop" else "--growth_times=0.3,0.6"]
-    result = command("train.py", *small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / "run", f"--model={model}", f"--method={name}", *flags))
+    flags = [f"--model={model}", *f"--method={name}".split(), "--compile", "--budget_steps=10", "--validations=1"]
+    result = command("train.py", *small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / "run", *flags))
     assert result.returncode == 0, result.stderr
     updates, _ = log_of(tmp_path / "run")
     assert len({record["row_layers"] for record in updates}) >= 3 and [record["compilations"] for record in updates] == [0] * 10
@@ -1610,13 +1682,40 @@ def test_what_no_file_can_hold_is_refused_when_it_is_returned():
             methods.plain({"a": [value]}, "mine", "report")
 
 
+def test_a_wrong_declaration_is_named_with_its_file():
+    tiny = {"bert": {"tiny": dict(lr=0.1)}}
+    for members, message in (
+        (dict(next_bach=lambda self: None), "next_bach is no place of a method; is next_batch meant"),
+        (dict(default=tiny), "is defaults meant"),
+        (dict(state_dict=lambda self: {}), "belong together"),
+        (dict(load_state_dict=lambda self, state: None), "belong together"),
+        (dict(options={"my-share": Option(0.5, "share")}), "'my-share' is not the name of a flag"),
+        (dict(options={"share": 0.5}), "'share' is not the name of a flag with an Option"),
+        (dict(options={"times": Option((0.1, 0.2), "when")}), "the default of times is (0.1, 0.2)"),
+        (dict(options={"kind": Option("a", "which", ("b", "c"))}), "none of its choices ('b', 'c')"),
+        (dict(defaults={"lr": 0.1}), "'lr' is no model; there are bert, t5"),
+        (dict(defaults={"bert": dict(lr=0.1)}), "of bert expected {size: {flag: value}}"),
+    ):
+        with pytest.raises(UserError, match=re.escape("methods/mine.py: ") + ".*" + re.escape(message)):
+            methods.check_declarations("mine", type("Mine", (Method,), members))
+    methods.check_declarations("mine", type("Mine", (Method,), dict(defaults=tiny, options={"share": Option(0.5, "20% of it")}, batches=lambda self: 1)))
+
+
+def test_defaults_of_a_method_that_are_no_flags_are_refused(monkeypatch):
+    for flag in ("learning_rate", "seed"):  # not there, and not a method's to decide
+        monkeypatch.setattr(lion.Lion, "defaults", {"t5": {"base": {flag: 1}}})
+        with pytest.raises(UserError, match=f"--method=lion: its defaults have {flag}, "):
+            train.resolve({"method": "lion", "model": "t5"})
+
+
 @pytest.mark.parametrize("place, returned", [("optimizer", None), ("next_batch", 5), ("next_batch", np.empty(0, int)), ("next_batch", np.ones(2)), ("active_layers", [4]),
-                                             ("active_layers", [-1]), ("evaluation_layers", None)])  # fmt: skip
+                                             ("active_layers", [-1]), ("evaluation_layers", None), ("evaluation_weights", {"embedding": torch.ones(2)}),
+                                             ("evaluation_weights", {nn.Parameter(torch.ones(3)): torch.ones(2)})])  # fmt: skip
 def test_a_wrong_answer_is_named_with_its_file(started, monkeypatch, place, returned):
     method, part, _ = started("baseline", "bert")
     monkeypatch.setattr(part, place, lambda *arguments: returned)
     monkeypatch.setitem(method.owner, place, "baseline")
-    with pytest.raises(UserError, match=rf"methods/baseline.py: {place}\(\) returned .*; expected"):
+    with pytest.raises(UserError, match=rf"(?s)methods/baseline.py: {place}\(\) returned .*; expected"):
         getattr(method, place)(*[0] * (place == "active_layers"))
 
 
@@ -1662,6 +1761,9 @@ def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, 
         (["--lr=1e30", "--budget_steps=9"], "the loss is"),
         (["--method=lion", "--eps=1e-8"], "--eps=1e-08: lion divides by nothing"),
         (["--method=rho", "--holdout=0"], "--holdout=0"),
+        (["--method=rho", "--train_on=holdout"], "--train_on=holdout: rho's irreducible-loss model"),
+        (["--method=sophia", "--dtype=fp16"], "--dtype=fp16: the gradients of Sophia's"),
+        (["--method=layer_drop", "--gamma=inf"], "--gamma=inf: expected"),
         (["--method=stacking", "--growth_times=0.5,0.2"], "rising numbers"),
         (["--method=stacking", "--growth_times=soon"], "--growth_times=soon: expected shares"),
         (["--method=stacking", "--growth_times=0.1,0.2,0.3"], "4 layers cannot be halved 3 time(s)"),
@@ -1690,6 +1792,7 @@ def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
     train.main(flags)
     fails(flags, "holds a finished run")
     fails([f"--resume={run}"], "is finished")
+    fails([f"--resume={run}", "--seed=2"], "--seed=2: this run was started with 0,")
     (run / "result.json").unlink()
     checkpoint = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(checkpoint[: len(checkpoint) // 2])

@@ -137,6 +137,7 @@ def parse(arguments):
     )  # fmt: skip
 
     def add(group, name, kind, default, help, choices):
+        help = help.replace("%", "%%")  # argparse formats it
         shown = help if default is None else f"{help} ({str(default).lower() if kind is bool else default})"
         extra = dict(nargs="?", const=True) if kind is bool else dict(choices=choices or None)
         group.add_argument(f"--{name}", type=boolean if kind is bool else kind, help=shown, metavar=kind.__name__.upper(), **extra)
@@ -174,14 +175,17 @@ def resolve(typed):
     size = values["size"] = values["size"] or ("base" if on_gpu else "tiny")
     combination = methods.find(values["method"])
     recipe = combination.defaults(values["model"], size)
-    defaults = recipe | {
+    open_flags = {field.name for field in dataclasses.fields(Config) if field.default is None}
+    if unknown := set(recipe) - open_flags - set(combination.options):
+        raise UserError(f"--method={combination.name}: its defaults have {', '.join(sorted(unknown))}, which is neither a common flag without a value nor an option of its own")
+    defaults = {
         "vocabulary": VOCABULARY[values["model"]][size],
         "row_length": ROW_LENGTH[values["model"]][size],
         "validation_rows": VALIDATION_ROWS[size],
         "budget_hours": None if values["budget_steps"] else 0.05,
         "reference": "this" if size == "tiny" else STUDY_REFERENCE[values["model"]],
         "dtype": "bf16" if on_gpu else "fp32",
-    }
+    } | recipe
     values |= {name: value for name, value in defaults.items() if name in values and values[name] is None}
     if values["micro_batch"] is None:
         values["micro_batch"] = min(values["batch"], MICRO_BATCH[values["model"]]["cuda" if on_gpu else "cpu"])
@@ -213,7 +217,7 @@ def check(config):
         raise UserError(f"--device={config.device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
     for name, option in methods.find(config.method).options.items():
         value = config.options[name]
-        if isinstance(value, (int, float)) and not option.minimum <= value <= option.maximum:
+        if isinstance(value, (int, float)) and not (option.minimum <= value <= option.maximum and math.isfinite(value)):
             raise UserError(f"--{name}={value}: expected a number from {option.minimum:g}" + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else ""))
     rst.find_reference(config.reference)
 
@@ -281,13 +285,10 @@ def config_of(folder, typed=None):
         config = Config(**stored)
     except TypeError as error:
         raise UserError(f"{folder}/config.json is not a configuration of this version: {error}") from None
-    for name, value in (typed or {}).items():
-        if name == "options":
-            changed = any(config.options.get(option) != given for option, given in value.items())
-        else:
-            changed = getattr(config, name) != value
-        if changed and name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--{name}={value}: this run was started with {getattr(config, name)}, which decides its result; start a new run")
+    started_with = dataclasses.asdict(config) | config.options
+    for name, value in ((typed or {}) | (typed or {}).get("options", {})).items():
+        if name not in {"options", *MAY_CHANGE_ON_RESUME} and started_with.get(name) != value:
+            raise UserError(f"--{name}={value}: this run was started with {started_with.get(name)}, which decides its result; start a new run")
     return dataclasses.replace(config, **{name: value for name, value in (typed or {}).items() if name in MAY_CHANGE_ON_RESUME})
 
 
@@ -458,6 +459,7 @@ def train(config, folder, resume=False):
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
     model.present_layers = method.evaluation_layers()
+    method.evaluation_weights(), method.state_dict()  # a mistake in them is named now, not when they are needed first
     entropy = corpus.unigram_entropy()
     say(f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; unigram entropy {entropy:.4f} nats")
     update_seconds = warm_up(model, corpus, config, method.draws_per_update)
@@ -583,15 +585,16 @@ def train(config, folder, resume=False):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": rst.device_name(config.device), "threads": torch.get_num_threads(), "processes": processes(),
         "config": dataclasses.asdict(config), "corpus": corpus.meta["checksum"],
-        "updates": clock.updates, "rows": state.rows, "skipped_updates": state.skipped,
+        "updates": clock.updates, "layers": len(method.evaluation_layers()), "rows": state.rows, "skipped_updates": state.skipped,
         "validation_loss": state.validation_loss, "unigram_entropy": entropy,
         "reference": dataclasses.asdict(reference), "factor_history": clock.factor_history,
         "charged_seconds": clock.spent_seconds, "free_seconds": clock.free_seconds, "cut_seconds": clock.cut_seconds,
         "wall_seconds": state.wall_seconds, "prerequisites": finished_runs,
     }  # fmt: skip
-    if is_main():
-        with exchanged(method.evaluation_weights()):
+    with exchanged(method.evaluation_weights()):
+        if is_main():
             models.save(model, folder / "model.pt")
+    if is_main():
         log.close()
         write_json(folder / "result.json", result)
     if dist.is_initialized():
@@ -599,6 +602,8 @@ def train(config, folder, resume=False):
     say(f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, {state.rows:,} rows; "
         f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})")  # fmt: skip
     say(f"charged {clock.spent_seconds:.6g} s of {config.reference}, free {clock.free_seconds:.4g} s, wall {state.wall_seconds:.0f} s; in {shown(folder)}")
+    if result["layers"] < len(model.layers):
+        say(f"note: the model has {result['layers']} of its {len(model.layers)} layers; the budget ended before --method={config.method} used them all")
     if clock.cut_seconds > 0.01 * clock.spent_seconds:
         say(f"note: stalls of this machine were cut by {clock.cut_seconds:.4g} s, over 1% of what was charged")
     return result
@@ -633,7 +638,7 @@ def refuse_long(config, seconds, how):
     """Says how long the run will take here; over a week it wants --yes."""
     hours = seconds / 3600
     length = f"{seconds / 60:.1f} minutes" if hours < 2 else f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
-    say(f"  time     about {length} here ({how}), plus validation")
+    say(f"  time     about {length} here ({how}), plus what is not charged")
     if hours > WEEK_HOURS and not config.yes:
         raise UserError(f"this plan takes about {hours / 24:.0f} days on this machine; add --yes to start it, or lower the budget or the size")
 
@@ -642,7 +647,8 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
     """Puts everything back as it was after the checkpoint's update."""
     path = folder / "checkpoint.pt"
     if not path.exists():
-        return  # stopped before the first checkpoint: from the start
+        say("  resumed from the start: the run was stopped before its first checkpoint")
+        return
     stored = models.read_whole(path, config.device)
     theirs, ours = stored.get("config", {}), identity(config)
     different = [name for name in ours if theirs.get(name) != ours[name]]
@@ -665,11 +671,19 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
     say(f"  resumed after update {clock.updates}")
 
 
+def holds_run(folder, config):
+    """Whether a folder has the run of this configuration, on the corpus as it is now."""
+    if identity(config_of(folder)) != identity(config):
+        return False
+    result = folder / "result.json"
+    return not result.exists() or read_json(result).get("corpus") == open_corpus(config).meta["checksum"]
+
+
 def finish(name, config):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
     plan, number = ROOT / "runs" / plan_name(config), 1
     folder = plan
-    while (folder / "config.json").exists() and identity(config_of(folder)) != identity(config):  # same name, another plan
+    while (folder / "config.json").exists() and not holds_run(folder, config):  # same name, another plan
         number += 1
         folder = plan.with_name(f"{plan.name}-{number}")
     if (folder / "result.json").exists():

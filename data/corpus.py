@@ -28,7 +28,7 @@ MASK = SPECIAL_TOKENS.index("[MASK]")
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # of T5's span corruption
 MASK_SHARE = 0.15  # of a row's tokens are predicted (the study, METHODS 2.1); 19 of 128, always
 
-TRAINING, SECOND = 0, 1  # the streams: rows trained on, and rows that only a method's extra passes see
+TRAINING, SECOND = 0, 1  # the streams, each an order of its own of the same rows: for training, for a method's extra passes
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
 META_KEYS = {"model", "vocabulary_size", "separator", "first_sentinel", "train", "val", "tokenizer", "tokenizer_checksum"}
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it

@@ -5,6 +5,7 @@
 There is no registry: `methods/NAME.py` with one subclass of `Method` in it is method NAME.
 """
 
+import difflib
 import importlib
 import inspect
 import math
@@ -15,7 +16,7 @@ import torch
 
 from errors import UserError
 
-from .baseline import Method
+from .baseline import Method, Option
 
 # Places that one method serves; two that override the same one cannot be combined.
 PLACES = {
@@ -47,8 +48,30 @@ def find(method):
         ]  # fmt: skip
         if len(found) != 1:
             raise UserError(f"methods/{name}.py: expected one subclass of Method in it, found {len(found)}")
+        check_declarations(name, found[0])
         classes[name] = found[0]
     return Combination(classes)
+
+
+def check_declarations(name, cls):
+    """Refuses what a method's class says that would otherwise be overlooked, or fail only later."""
+
+    def expect(holds, message):
+        if not holds:
+            raise UserError(f"methods/{name}.py: {message}")
+
+    for own in set(vars(cls)) - set(dir(Method)):
+        meant = difflib.get_close_matches(own, [place for place in dir(Method) if not place.startswith("_")], 1, cutoff=0.85)
+        expect(not meant, f"{own} is no place of a method; is {' or '.join(meant)} meant? If not, choose another name")
+    one, other = (getattr(cls, place) is not getattr(Method, place) for place in ("state_dict", "load_state_dict"))
+    expect(one == other, "state_dict and load_state_dict belong together; a resumed run needs both")
+    for flag, option in cls.options.items():
+        expect(flag.isidentifier() and isinstance(option, Option), f"options: {flag!r} is not the name of a flag with an Option")
+        expect(isinstance(option.default, (bool, int, float, str)), f"options: the default of {flag} is {option.default!r}; expected a bool, int, float or string")
+        expect(not option.choices or option.default in option.choices, f"options: the default of {flag} is {option.default!r}, which is none of its choices {option.choices}")
+    for model, sizes in cls.defaults.items():
+        expect(model in Method.defaults, f"defaults: {model!r} is no model; there are {', '.join(Method.defaults)}")
+        expect(isinstance(sizes, dict) and set(sizes) <= set(Method.defaults[model]), f"defaults: of {model} expected {{size: {{flag: value}}}}, sizes {', '.join(Method.defaults[model])}")
 
 
 class Combination:
@@ -59,7 +82,6 @@ class Combination:
     """
 
     def __init__(self, classes):
-        self.classes = classes
         self.name = "+".join(classes)
         self.owner = {}
         for place, what in PLACES.items():
@@ -67,18 +89,18 @@ class Combination:
             if len(claiming) > 1:
                 raise UserError(f"--method={self.name}: {' and '.join(claiming)} both {what} ({place}); take one of them")
             self.owner[place] = claiming[0] if claiming else None
+        # The optimizer's comes last: its defaults win, and its after_step finds what the others' left.
+        self.classes = dict(sorted(classes.items(), key=lambda item: item[0] == self.owner["optimizer"]))
         self.options = {}
-        for name, cls in classes.items():
+        for name, cls in self.classes.items():
             for flag, option in cls.options.items():
                 if self.options.setdefault(flag, option) != option:
                     raise UserError(f"--method={self.name}: two methods mean different things by --{flag}; take one of them")
 
     def defaults(self, model, size):
         """Values of flags: the baseline's, over them each method's, the optimizer's last."""
-        order = sorted(self.classes, key=lambda name: name == self.owner["optimizer"])
-        declared = [self.classes[name].defaults for name in order]
         merged = {}
-        for defaults in [Method.defaults, *(own for own in declared if own is not Method.defaults)]:
+        for defaults in [Method.defaults, *(cls.defaults for cls in self.classes.values() if cls.defaults is not Method.defaults)]:
             of_model = defaults.get(model, {})
             merged |= of_model.get("base", {}) | of_model.get(size, {})
         return merged
@@ -139,7 +161,12 @@ class Running:
         return self.expect(holds, place, layers, f"a list of layers from 0 to {self.all_layers[-1]}")
 
     def evaluation_weights(self):
-        return self.serve("evaluation_weights")
+        weights = self.serve("evaluation_weights")
+        holds = isinstance(weights, dict) and all(
+            isinstance(parameter, torch.nn.Parameter) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            for parameter, value in weights.items()
+        )  # fmt: skip
+        return self.expect(holds, "evaluation_weights", weights, "a dictionary: the model's parameters and tensors of their shapes")
 
     def next_batch(self):
         positions = self.serve("next_batch")
@@ -156,7 +183,11 @@ class Running:
             part.after_step()
 
     def state_dict(self):
-        return {name: plain(part.state_dict(), name, "state_dict", torch.Tensor) for name, part in self.parts.items()}
+        states = {name: plain(part.state_dict(), name, "state_dict", torch.Tensor) for name, part in self.parts.items()}
+        for name, state in states.items():
+            if not isinstance(state, dict):
+                raise UserError(f"methods/{name}.py: state_dict() returned {state!r:.100}; expected a dictionary")
+        return states
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():

@@ -27,8 +27,8 @@ from parallel import cut, gather, processes, sum_over_processes
 
 @dataclass(frozen=True)
 class Option:
-    """A flag of a method's own: its default (whose type the flag has), help, and the values it may have:
-    one of `choices`, or from `minimum` to `maximum`."""
+    """A flag of a method's own: its default (a bool, int, float or string, which decides what the flag takes; 1.0 for
+    a number that may be 0.5), help, and the values it may have: one of `choices`, or from `minimum` to `maximum`."""
 
     default: object
     help: str
@@ -47,7 +47,7 @@ class Method:
     Class-level declarations:
         options: {flag name: Option}.
         defaults: {model: {size: {flag: value}}}, of common flags and its own options; a size has those of
-            "base" and over them its own.
+            "base" and over them its own. All of them go over all of the baseline's.
         rows_per_draw: {model: rows of a batch that get `active_layers` of their own}; without, all of them
             have the same.
     """
@@ -106,7 +106,7 @@ class Method:
         return self.evaluation_layers()
 
     def evaluation_layers(self):
-        """Which layers does the model have now?"""
+        """Which layers does the model have now? (The answer in force, whoever's it is: `self.model.present_layers`.)"""
         return list(range(len(self.model.layers)))
 
     def next_batch(self):
@@ -115,8 +115,8 @@ class Method:
         return self.corpus.draw(self.config.batch)
 
     def evaluation_weights(self):
-        """With which weights is the model validated, and saved at the end? {parameter: tensor} of those that
-        are not the trained ones."""
+        """With which weights is the model validated, and saved at the end? {parameter: tensor} of those that are not
+        the trained ones; the keys are the model's parameters themselves."""
         return {}
 
     # Not exclusive: in a combination every method's are called.
@@ -245,7 +245,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         rule(parameter, gradient, *state, rate, weight_decay, **constants)     all in place
 
     `state` are tensors that start at zero; `rate` and `weight_decay` are 0-dim tensors. Compiled once, for eight flat
-    tensors of any sizes: layers that come and go need no other code, and a CPU's threads are woken once for eight.
+    tensors of any sizes above 1: layers that come and go need no other code, and a CPU's threads are woken once for eight.
 
     Args:
         groups: as torch.optim's, with "weight_decay".
@@ -266,7 +266,8 @@ class TensorOptimizer(torch.optim.Optimizer):
             for row, scale in zip(rows, scales):
                 rule(*row, rate * scale, weight_decay, **constants)
 
-        self.update, self.spare_rows = update, []
+        self.eager_update = self.update = update
+        self.spare_rows = []
         if compile:
             self.update = torch.compile(update, dynamic=True)
             device = self.param_groups[0]["params"][0].device
@@ -293,6 +294,8 @@ class TensorOptimizer(torch.optim.Optimizer):
                 state = [self.state[parameter][name] for name in self.state_names]
                 rows.append([tensor.detach().view(-1) for tensor in (parameter, *state)])
                 rows[-1].insert(1, parameter.grad.reshape(-1))
+                if parameter.numel() == 1:  # torch.compile takes a size of 1 for a constant and would make another graph
+                    self.eager_update([rows.pop()], rate, weight_decay)
             for start in range(0, len(rows), TOGETHER):
                 together = rows[start : start + TOGETHER]
                 self.update(together + self.spare_rows[len(together) :], rate, weight_decay)

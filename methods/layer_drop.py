@@ -18,6 +18,7 @@ of an update kept gets no update at all (there momentum and decay go on). The pa
 multiplies what a kept layer adds by 1 / its keep probability; the study does neither, `--rescale` does the second.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -40,11 +41,15 @@ class LayerDrop(Method):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        self.branches = []  # of all layers: lists of the modules that add to the residual stream
         if self.config.options["rescale"]:
-            for index, layer in enumerate(self.model.layers):
-                for name, part in layer.named_modules():
-                    if name.split(".")[-1] in ("attention", "cross_attention", "feed_forward"):
-                        part.register_forward_hook(self.rescaling(index))
+            for layer in self.model.layers:
+                named = [(name.split(".")[-1], part) for name, part in layer.named_modules()]
+                self.branches.append([part for name, part in named if name in ("attention", "cross_attention", "feed_forward")])
+            for part in itertools.chain(*self.branches):
+                # A buffer, and the same hook everywhere, so that one compiled graph serves all layers and updates.
+                part.register_buffer("keep_prob", torch.ones((), device=self.config.device), persistent=False)
+                part.register_forward_hook(rescale)
 
     def keep_probs(self):
         """Of all layers, now: (L,) float64."""
@@ -55,6 +60,8 @@ class LayerDrop(Method):
 
     def active_layers(self, draw):
         keep_probs = self.keep_probs()
+        if draw == 0:
+            self.set_branches(keep_probs)
         layers, attempt = np.arange(len(keep_probs)), 0
         while True:
             kept = self.corpus.uniform(DRAWS, self.clock.updates, draw, attempt, layers) < keep_probs
@@ -62,10 +69,15 @@ class LayerDrop(Method):
                 return layers[kept].tolist()
             attempt += 1
 
-    def rescaling(self, index):
-        """A forward hook for a branch of layer `index`. Passes without gradients see the model as it is."""
+    def after_step(self):
+        self.set_branches(np.ones(len(self.model.layers)))  # other passes see the model as it is
 
-        def hook(module, inputs, output):
-            return output / self.keep_probs()[index] if torch.is_grad_enabled() else output
+    def set_branches(self, keep_probs):
+        for keep_prob, parts in zip(keep_probs, self.branches):
+            for part in parts:
+                part.keep_prob.fill_(keep_prob)
 
-        return hook
+
+def rescale(branch, inputs, output):
+    """A forward hook. Passes without gradients, which validate and score rows, see the model as it is."""
+    return output / branch.keep_prob if torch.is_grad_enabled() else output

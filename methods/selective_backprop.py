@@ -40,8 +40,8 @@ class SelectiveBackprop(Method):
         "selection_batch": Option(128, "candidates that are scored together, at most a batch (t5: 72)", minimum=1),
         **FREE_EXTRA_PASSES,
     }
-    # With small batches the study's 5,000 losses would be hundreds of updates old, and while the loss falls hardly a row
-    # would rank high among them: the history spans as many batches as in the study (3.3 in BERT, 35 in T5).
+    # With small batches 5,000 losses would be hundreds of updates old, and while the loss falls hardly a row would rank high
+    # among them: at every size the history spans as many batches as at base (3.3 of BERT's, as in the study; 35 of T5's).
     defaults = {
         "bert": {"small": dict(loss_history=104), "tiny": dict(loss_history=26)},
         "t5": {"base": dict(selection_batch=72), "small": dict(loss_history=555), "tiny": dict(loss_history=278)},
@@ -59,7 +59,8 @@ class SelectiveBackprop(Method):
             positions = self.corpus.draw(min(options["selection_batch"], batch))
             with self.extra_pass():
                 losses = self.row_losses(positions)
-            self.history = np.concatenate([self.history, losses])[-options["loss_history"] :]
+            kept = max(options["loss_history"], len(losses))  # a loss is always ranked among its group
+            self.history = np.concatenate([self.history, losses])[-kept:]
             probability = percentiles(losses, self.history) ** options["beta"]
             accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]
             self.waiting = np.concatenate([self.waiting, accepted])

@@ -15,11 +15,13 @@ clipping makes the step that of a sign momentum.
 Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5% and 10%.
 The study found: about the baseline's scores for both models, even where the Hessian passes are free.
 Where we differ from the release: its BERT draws labels from the encoder's hidden states, throws five of six Hessian
-micro-batches away, and scales h by 196,608 in place of the number of predicted tokens (its T5 by 5,120 in place of
-16,416). Only rho times that scale matters: the study's rho of 0.01 stands for about 0.01 x 196,608 / 14,592 = 0.13 of ours
-in BERT (19 labels in each of 768 rows; its estimate itself was another) and 0.01 x 5,120 / 16,416 = 0.0031 in T5. The default
-is the published 0.05, and the win rate in the log (the share of weights whose step is not clipped) should lie between 0.1
-and 0.5. The passes take their rows from a stream of their own; a scale on the T5 rate is AdamWScale's.
+micro-batches away, does not clip g^, refreshes before updates 0, 10, 20 ... in place of after updates 10, 20, ..., and scales
+h by 196,608 in place of the number of predicted tokens (its T5 by 5,120 in place of 16,416). Only rho times that scale
+matters: the study's rho of 0.01 stands for about 0.01 x 196,608 / 14,592 = 0.13 of ours in BERT (19 labels in each of the 768
+rows that it meant; its estimate itself was another) and 0.01 x 5,120 / 16,416 = 0.0031 in T5. The default is the published
+0.05, and the win rate in the log (the share of weights whose step is not clipped) should lie between 0.1 and 0.5. The passes
+take their rows from a stream of their own; a scale on the T5 rate is AdamWScale's. fp16, in which the study's runs ended in
+NaN, is refused.
 """
 
 import torch
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from errors import UserError
 from methods.baseline import FREE_EXTRA_PASSES, Method, Option, TensorOptimizer, parameter_groups
 
-SECOND_STREAM = 1  # rows that are not trained on
+SECOND_STREAM = 1  # of rows, in an order of its own
 LABELS = 0x50F1A  # of the hash: these numbers are nobody else's
 STUDYS_ROWS = {"bert": 0.5, "t5": 1.0}  # of a Hessian pass, as a share of the batch
 
@@ -77,6 +79,8 @@ class Sophia(Method):
 
     def optimizer(self):
         config = self.config
+        if config.dtype == "fp16":
+            raise UserError("--dtype=fp16: the gradients of Sophia's Hessian passes underflow in it; use bf16 or fp32")
         return TensorOptimizer(
             parameter_groups(self.model, config.weight_decay), sophia_update, config.lr, config.rms_scaling, config.compile,
             beta1=config.beta1, clip_threshold=config.options["clip_threshold"], eps=config.eps,
@@ -112,7 +116,7 @@ class Sophia(Method):
             won, finite = torch.stack([won, norms.isfinite().all()]).tolist()  # waits for the device
             self.win_rate = won / weights
             if not finite:
-                raise UserError(f"the Hessian pass after update {self.updates} is not finite; use --dtype=bf16 or fp32, or a lower --lr")
+                raise UserError(f"the Hessian pass after update {self.updates} is not finite; use a lower --lr")
 
     def report(self):
         return {} if self.win_rate is None else {"win_rate": self.win_rate}
