@@ -35,7 +35,7 @@ class LayerDrop(Method):
         "gamma": Option(100.0, "how fast it is reached (t5: 20)", minimum=0.0),
         "rescale": Option(False, "multiply what a kept layer adds by 1 / its keep probability"),
     }
-    defaults = {"t5": {"base": dict(gamma=20.0, lr=1e-2), "tiny": dict(lr=2e-2)}}
+    defaults = {"t5": {"base": dict(gamma=20.0, lr=1e-2), "tiny": dict(lr=2e-2, theta_bar=0.9)}}
     # BERT draws anew for each of the study's micro-batches, 12 an update; T5 once an update.
     rows_per_draw = {"bert": 128}
 

@@ -67,7 +67,7 @@ class Sophia(Method):
         **FREE_EXTRA_PASSES,
     }
     defaults = {
-        "bert": {"base": dict(lr=4e-4, weight_decay=0.015, beta1=0.965, beta2=0.99, eps=1e-15), "tiny": dict(lr=6e-4)},
+        "bert": {"base": dict(lr=4e-4, weight_decay=0.015, beta1=0.965, beta2=0.99, eps=1e-15), "tiny": dict(lr=2.5e-4)},
         "t5": {"base": dict(lr=1e-3, weight_decay=0.0, beta1=0.965, beta2=0.99, eps=1e-15), "tiny": dict(lr=1e-2)},
     }
 

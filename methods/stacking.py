@@ -32,6 +32,7 @@ class Stacking(Method):
         "growth_times": Option("0.125,0.3", "shares of the budget at which the depth doubles; empty: never"),
         "optimizer_state": Option("keep", "of a growing model", ("keep", "reset", "copy")),
     }
+    defaults = {model: {"tiny": dict(growth_times="0.25,0.5")} for model in ("bert", "t5")}
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
