@@ -1363,7 +1363,7 @@ def test_one_graph_serves_all_layers_that_are_rescaled():
 
 def test_layer_drop_rescales_what_a_kept_layer_adds(started):
     for model in ("bert", "t5"):
-        method, part, _ = started("layer_drop", model, "--rescale", "--gamma=1000")
+        method, part, _ = started("layer_drop", model, "--rescale", "--gamma=1000", "--theta_bar=0.5")
         part.clock.updates = 50
         method.active_layers(0)
         batch = part.corpus.batch(np.arange(2))
