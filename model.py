@@ -227,7 +227,7 @@ class BERT(LanguageModel):
         width C, so that a narrow model's activations start as large as base's; norms 1 and 0; the position scale C^-1/2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02 * (768 / self.config.d_model) ** 0.5)
+                nn.init.normal_(parameter, std=0.02 * (BERTConfig.d_model / self.config.d_model) ** 0.5)
             elif name == "position_scale":
                 nn.init.constant_(parameter, self.config.d_model**-0.5)
             elif name.endswith("norm.weight"):

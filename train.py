@@ -459,7 +459,8 @@ def train(config, folder, resume=False):
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
     model.present_layers = method.evaluation_layers()
-    method.evaluation_weights(), method.state_dict()  # a mistake in them is named now, not when they are needed first
+    method.evaluation_weights()  # a mistake in these two is named now, not when they are needed first
+    method.state_dict()
     entropy = corpus.unigram_entropy()
     say(f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; unigram entropy {entropy:.4f} nats")
     update_seconds = warm_up(model, corpus, config, method.draws_per_update)
