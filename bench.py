@@ -6,7 +6,7 @@
     python bench.py depth     cost of 4, 8, 12, 16 active layers next to the release's recorded times
     python bench.py step      optimizer steps for BERT-base: fused AdamW, AdamWScale, Lion, Sophia
     python bench.py costs     an update of every method next to the baseline's, what theory says, peak memory
-    python bench.py load      updates that a budget buys with one thread, two, and two beside a busy process
+    python bench.py load      updates that a budget buys with one thread, two, and two beside a busy process all or half the time
 
 What is compared is interleaved in one run, because a shared machine's speed changes from minute to
 minute; every time is the median over the repeats (`load` prints every repeat).
@@ -14,12 +14,14 @@ minute; every time is the median over the repeats (`load` prints every repeat).
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -273,19 +275,24 @@ def cost_of_layers(config, rows, repeats=5):
     return few - per_layer * (layers // 4), per_layer
 
 
-def load(repeats, budget_hours=6e-5):
-    """Runs of the tiny model budgeted in rtx3090 time under three loads, with and without re-probing."""
-    print(f"updates within {budget_hours:g} hours of rtx3090\n| re-probing | 1 thread | 2 threads | 2 threads beside a busy process | spread |\n|---|---|---|---|---|")
-    for reprobe in ("true", "false") * repeats:
+def load(repeats):
+    """Runs of the tiny models budgeted in the reference's time under four loads, with and without re-probing."""
+    print("| model, updates within its budget | re-probing | 1 thread | 2 threads | beside a busy process | beside it in the first half | spread |\n|---|---|---|---|---|---|---|")
+    for (model, reference, budget_hours), reprobe in itertools.product((("bert", "rtx3090", 6e-5), ("t5", "a100", 1e-4)), ("true", "false") * repeats):
         updates, walls = [], []
-        for threads, busy in ((1, False), (2, False), (2, True)):
+        for threads, busy in ((1, "never"), (2, "never"), (2, "always"), (2, "first half")):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "train.py", "--size=tiny", "--device=cpu", f"--threads={threads}", "--reference=rtx3090"]
+                command = [sys.executable, "train.py", f"--model={model}", "--size=tiny", "--device=cpu", f"--threads={threads}", f"--reference={reference}"]
                 command += [f"--budget_hours={budget_hours}", f"--reprobe={reprobe}", f"--out={folder}/run", "--validations=1", "--validation_rows=10"]
-                beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+                beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy != "never" else None
+                timer = threading.Timer(walls[-1] / 2, beside.kill) if busy == "first half" else None
                 try:
+                    if timer:
+                        timer.start()
                     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 finally:
+                    if timer:
+                        timer.cancel()
                     if beside:
                         beside.kill()
                         beside.wait()
@@ -295,7 +302,7 @@ def load(repeats, budget_hours=6e-5):
                 updates.append(result["updates"])
                 walls.append(result["wall_seconds"])
         cells = [f"{count} in {wall:.0f} s" for count, wall in zip(updates, walls)]
-        print(f"| {'yes' if reprobe == 'true' else 'no'} | {' | '.join(cells)} | {max(updates) / min(updates) - 1:.1%} |", flush=True)
+        print(f"| {model} | {'yes' if reprobe == 'true' else 'no'} | {' | '.join(cells)} | {max(updates) / min(updates) - 1:.1%} |", flush=True)
 
 
 @exits_on_user_error

@@ -206,7 +206,9 @@ def fastest_dtype(device):
 # -- The clock ---------------------------------------------------------------------------------------------
 
 PROBE_SHARE = 0.01  # of the time goes into probing
-KEPT_PROBES = 16  # the factor in force is taken from the mean of the last probes
+OPENING_PROBES = 16  # before the start; their mean counts as one probe, or they would outvote those that follow
+PROBE_MEMORY_SECONDS = 60.0  # the factor in force is taken from the mean of the probes of the last minute, ...
+LEAST_PROBES = 2  # ... of the last two where they are rarer: a change of load is forgotten in a minute or two
 STALL_LIMIT = 3.0  # times the median of the last STALL_WINDOW updates is the most that ...
 STALL_WINDOW = 50  # ... the loop's own part of an update is charged
 STALL_HISTORY = 5  # updates before the limit applies
@@ -232,22 +234,26 @@ class Clock:
         self.factor_history = []  # [spent seconds, factor]
         self.free_block_seconds = 0.0  # since the last charge
         self.weights = []  # what may not change in free(): set by the training loop
-        self.probe, self.probes, self.since_probe = None, collections.deque(maxlen=KEPT_PROBES), 0.0
+        self.probe, self.since_probe = None, 0.0
+        self.probes = collections.deque()  # (when it was taken, its seconds)
         self.reprobe = reprobe
         self.factor = 1.0
         if reference.probe_seconds:
             name = model if model in reference.probe_seconds else next(iter(reference.probe_seconds))
             self.probe = Probe(name, device, fastest_dtype(device))
             self.probe.seconds()  # warm-up
-            for _ in range(KEPT_PROBES):
-                self.measure()
+            self.measure(OPENING_PROBES)
 
-    def measure(self):
-        """Times the probe once, with all processes together, and puts the new factor in force."""
+    def measure(self, repeats=1):
+        """Times the probe, with all processes together, and puts the new factor in force."""
         start = time.perf_counter()
-        self.probes.append(self.probe.seconds())
-        mine = self.reference.probe_seconds[self.probe.name] / statistics.mean(self.probes)
-        results = gather([mine, time.perf_counter() - start], self.device)
+        seconds = statistics.mean(self.probe.seconds() for _ in range(repeats))
+        now = time.perf_counter()
+        self.probes.append((now, seconds))
+        while len(self.probes) > LEAST_PROBES and now - self.probes[0][0] > PROBE_MEMORY_SECONDS:
+            self.probes.popleft()
+        mine = self.reference.probe_seconds[self.probe.name] / statistics.mean(seconds for _, seconds in self.probes)
+        results = gather([mine, (now - start) / repeats], self.device)
         self.factor = sum(factor for factor, _ in results)
         self.probe_wall_seconds = max(seconds for _, seconds in results)
         self.since_probe = 0.0

@@ -752,17 +752,20 @@ def test_clock_charges_depth_and_cuts_stalls_only():
     assert clock.progress == pytest.approx(clock.spent_seconds / 1000)
 
 
-def test_clock_uses_the_mean_of_the_last_probes():
+def test_clock_uses_the_mean_of_the_last_minutes_probes(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(rst.time, "perf_counter", lambda: now)
     clock = clock_of(budget_seconds=1.0)
-    clock.reference = rst.REFERENCES["rtx3090"]
-    clock.probe = SimpleNamespace(name="bert", seconds=iter([1.0, 3.0] + [0.5] * rst.KEPT_PROBES).__next__)
-    for expected in (1.0, 2.0):
+    clock.reference = rst.Reference("mine", {"bert": 1.0}, "")
+    paces = iter([1.0] * rst.OPENING_PROBES + [3.0, 2.0, 6.0, 6.0, 2.0])
+    clock.probe = SimpleNamespace(name="bert", seconds=paces.__next__)
+    clock.measure(rst.OPENING_PROBES)
+    assert clock.factor == 1.0
+    # Seconds, and the probes that count then: the opening's mean is one, the minute is over after 61, two are the least.
+    for now, counted in ((10.0, [1, 3]), (55.0, [1, 3, 2]), (62.0, [3, 2, 6]), (200.0, [6, 6]), (300.0, [6, 2])):
         clock.measure()
-        assert clock.factor == pytest.approx(clock.reference.probe_seconds["bert"] / expected)
-    for _ in range(rst.KEPT_PROBES):
-        clock.measure()
-    assert clock.factor == pytest.approx(clock.reference.probe_seconds["bert"] / 0.5)
-    assert len(clock.factor_history) == rst.KEPT_PROBES + 2
+        assert clock.factor == pytest.approx(len(counted) / sum(counted))
+    assert len(clock.factor_history) == 6
 
 
 def test_free_work_is_not_charged_and_may_not_train():
