@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import os
 import sys
 
 # What the file system says when a path is wrong, closed to us, or full.
@@ -33,6 +34,9 @@ def exits_on_user_error(main):
             return main(*arguments, **keywords)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+        except BrokenPipeError:  # whoever reads our output has seen enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except OSError as error:
             if error.errno not in OF_THE_FILE_SYSTEM:
                 raise

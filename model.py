@@ -124,6 +124,11 @@ def attention_with_learned_bias(q, k, v, bias, scale=None, dropout=0.0):
     return F.dropout(weights, dropout, dropout > 0) @ v
 
 
+def padding_bias(mask):
+    """What a mask (B, T) bool adds to the attention products: 0 at tokens and -inf at padding, (B, 1, 1, T); None for None."""
+    return None if mask is None else torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))[:, None, None, :]
+
+
 class GatedFeedForward(nn.Module):
     """W_out(W_linear h * GELU(W_gate h)), without biases (Shazeer 2020, "GLU Variants Improve Transformer").
 
@@ -189,8 +194,8 @@ class BERTLayer(nn.Module):
         self.feed_forward = GatedFeedForward(config.d_model, config.d_ff, "none")
         self.dropout = config.dropout
 
-    def forward(self, h):  # (B, T, C) -> (B, T, C)
-        h = h + F.dropout(self.attention(self.attention_norm(h)), self.dropout, self.training)
+    def forward(self, h, bias=None):  # (B, T, C), (B, 1, 1, T) -> (B, T, C)
+        h = h + F.dropout(self.attention(self.attention_norm(h), bias=bias), self.dropout, self.training)
         return h + F.dropout(self.feed_forward(self.feed_forward_norm(h)), self.dropout, self.training)
 
 
@@ -207,7 +212,7 @@ class BERT(LanguageModel):
 
     A batch also holds `positions` (B, P) int64, the columns to predict.
 
-    No attention mask: pre-training rows are full, and attention crosses document borders, as the study.
+    No attention mask in pre-training: its rows are full, and attention crosses document borders, as the study.
     """
 
     def __init__(self, config):
@@ -246,11 +251,12 @@ class BERT(LanguageModel):
         h = self.embedding_norm(h + self.position_scale * self.position_table[: tokens.shape[1]])
         return F.dropout(h, self.config.dropout, self.training)
 
-    def encode(self, tokens, layers=None):
-        """Hidden states after the final norm: (B, T) -> (B, T, C)."""
-        h = self.embed(tokens)
+    def encode(self, tokens, layers=None, mask=None):
+        """Hidden states after the final norm: (B, T) -> (B, T, C). `mask` (B, T) bool is True at the tokens that are no
+        padding; without it all are."""
+        h, bias = self.embed(tokens), padding_bias(mask)
         for index in self.present_layers if layers is None else layers:
-            h = self.layers[index](h)
+            h = self.layers[index](h, bias)
         return self.final_norm(h)
 
     def logits(self, batch, layers=None):
@@ -401,12 +407,6 @@ class T5(LanguageModel):
             bias = bias.masked_fill(keys[None, :] > queries[:, None], float("-inf"))
         return bias
 
-    def padding_bias(self, batch):
-        """0 at tokens and -inf at padding, (B, 1, 1, T); None without a mask."""
-        if "mask" not in batch:
-            return None
-        return torch.zeros(batch["mask"].shape, device=batch["mask"].device).masked_fill(~batch["mask"], float("-inf"))[:, None, None, :]
-
     def embed(self, tokens):
         """What the first layers read: (B, T) -> (B, T, C)."""
         return F.dropout(F.embedding(tokens, self.embedding), self.config.dropout, self.training)
@@ -436,7 +436,7 @@ class T5(LanguageModel):
     def logits(self, batch, layers=None):
         """Scores over the vocabulary for every label: (B, P, V)."""
         with self.autocast():
-            tokens, labels, padding = batch["tokens"], batch["labels"], self.padding_bias(batch)
+            tokens, labels, padding = batch["tokens"], batch["labels"], padding_bias(batch.get("mask"))
             previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with [PAD], id 0
             # One look-up for both stacks, because its gradient is as large as the embedding; of flat tokens, so
             # that both parts are contiguous, as what the layers give each other (to a compiler that matters).
@@ -449,7 +449,7 @@ class T5(LanguageModel):
         """Greedy decoding: (B, at most `max_length`) int64, the tokens up to the one with id `end`, then
         zeros. Stops when every row has ended."""
         with self.autocast():
-            padding = self.padding_bias(batch)
+            padding = padding_bias(batch.get("mask"))
             encoded = self.encode(self.embed(batch["tokens"]), padding)
             caches = {index: {} for index in self.present_layers} if use_cache else None
             tokens = torch.zeros(len(encoded), 1, dtype=torch.long, device=encoded.device)

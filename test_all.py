@@ -2,8 +2,10 @@
 points, nothing that depends on the machine's speed."""
 
 import collections
+import csv
 import dataclasses
 import gzip
+import hashlib
 import http.server
 import itertools
 import json
@@ -28,10 +30,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import finetune
 import methods
 import model as models
 import parallel
+import report
 import rst
+import tasks
 import train
 from data import corpus as corpora
 from data import prepare
@@ -41,6 +46,7 @@ from methods import baseline, layer_drop, lion, rho, selective_backprop, sophia
 from methods.baseline import Method, Option, TensorOptimizer, one_cycle, parameter_groups
 from methods.lion import lion_update
 from methods.sophia import sophia_update
+from tasks import glue, metrics, sni, superglue
 
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(2)
@@ -239,6 +245,15 @@ class BrokenServer(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def serve(folder):
+    """A BrokenServer of a folder, on a free port of this machine."""
+    handler = type("Handler", (BrokenServer,), {"broken": set()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=folder))
+    server.requests = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
 def test_c4_download_goes_on_after_a_break(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     served = tmp_path / "served"
@@ -247,10 +262,7 @@ def test_c4_download_goes_on_after_a_break(tmp_path, monkeypatch):
         with gzip.open(served / f"c4-train.{shard:05d}-of-01024.json.gz", "wt") as file:
             for seed in range(200):
                 file.write(json.dumps({"text": words_text(1000 * shard + seed, 50), "url": "x"}) + "\n")
-    handler = type("Handler", (BrokenServer,), {"broken": set()})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=served))
-    server.requests = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = serve(served)
     try:
         url = f"http://127.0.0.1:{server.server_port}"
         folder = prepare.prepare("c4", None, 300, shards=2, base_url=url, folder=tmp_path / "c4" / "bert-300")
@@ -1827,12 +1839,545 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+# -- Downstream --------------------------------------------------------------------------------------------------
+
+
+def random_answers(generator, kind):
+    """Predictions and truths of 2 to 40 rows; in every fifth case one side is constant."""
+    count = generator.integers(2, 40)
+    if kind == "scores":
+        pair = [generator.normal(size=count).round(generator.integers(0, 3)) for _ in range(2)]  # rounded: with ties
+    else:
+        pair = [generator.integers(0, kind, count) for _ in range(2)]
+    if generator.random() < 0.2:
+        pair[generator.integers(2)][:] = generator.integers(0, 2)
+    return pair
+
+
+def test_metrics_are_those_of_scikit_learn_and_scipy():
+    from scipy import stats
+    from sklearn import metrics as oracle
+
+    generator = np.random.default_rng(0)
+    constant = 0
+    for _ in range(1000):
+        predictions, truths = random_answers(generator, 2)
+        assert metrics.accuracy(predictions, truths) == pytest.approx(oracle.accuracy_score(truths, predictions))
+        assert metrics.f1(predictions, truths) == pytest.approx(oracle.f1_score(truths, predictions, zero_division=0))
+        assert metrics.matthews(predictions, truths) == pytest.approx(oracle.matthews_corrcoef(truths, predictions), abs=1e-12)
+        predictions, truths = random_answers(generator, 3)
+        assert metrics.macro_f1(predictions, truths) == pytest.approx(oracle.f1_score(truths, predictions, average="macro", zero_division=0))
+        predictions, truths = random_answers(generator, "scores")
+        if len(set(predictions)) == 1 or len(set(truths)) == 1:  # scipy: nan
+            constant += 1
+            assert metrics.pearson(predictions, truths) == metrics.spearman(predictions, truths) == 0.0
+        else:
+            assert metrics.pearson(predictions, truths) == pytest.approx(stats.pearsonr(predictions, truths)[0], abs=1e-12)
+            assert metrics.spearman(predictions, truths) == pytest.approx(stats.spearmanr(predictions, truths)[0], abs=1e-12)
+        predictions, truths, groups = *random_answers(generator, 2), generator.integers(0, 5, 40)
+        groups = groups[: len(truths)].tolist()
+        whole = [all(p == t for p, t, g in zip(predictions, truths, groups) if g == group) for group in set(groups)]
+        assert metrics.exact_match(predictions.tolist(), truths.tolist(), groups) == pytest.approx(np.mean(whole))
+    assert constant > 100
+
+
+def test_rouge_is_the_longest_common_subsequence_of_stems():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    def literal(text, reference):  # Lin 2004, over words that no stemmer changes
+        a, b = text.split(), reference.split()
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, j in itertools.product(range(len(a)), range(len(b))):
+            table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
+        return 2 * table[-1, -1] / (len(a) + len(b)) if table[-1, -1] else 0.0
+
+    generator, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
+    texts = [" ".join(generator.choices("cat dog sun sky red blue".split(), k=generator.randint(0, 8))) for _ in range(2000)]
+    for text, reference in zip(texts[::2], texts[1::2]):
+        score = metrics.rouge_l([text], [[reference]])
+        assert score == pytest.approx(literal(text, reference)) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure)
+    assert metrics.rouge_l(["running dogs", "x"], [["cat", "runs dog"], ["y"]]) == 0.5  # stems; the best reference; the mean
+
+
+SENTENCES = ["The cat isn't \"here", "a dog said 'so'", "it rained\u2028all day", "nobody came ."]  # quotes that do not end; a separator inside a line
+
+
+def glue_files(folder):
+    """All GLUE tasks in their published layout, eight examples each; returns their folder."""
+
+    def write(task, name, header, row, labels, ending="\n", start=""):
+        rows = [row.format(a=SENTENCES[n % 4], b=SENTENCES[(n + 1) % 4], y=labels[n % len(labels)], n=n) for n in range(8)]
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        text = ending.join([*([header.replace(" ", "\t")] if header else []), *(row.replace("|", "\t") for row in rows)]) + ending
+        (folder / task / name).write_bytes((start + text).encode())
+
+    for part in ("train", "dev"):
+        write("CoLA", f"{part}.tsv", "", "gj04|{y}||{a}", "01")
+        write("SST-2", f"{part}.tsv", "sentence label", "{a} |{y}", "01")
+        write("MRPC", f"{part}.tsv", "Quality #1_ID #2_ID #1_String #2_String".replace("_", "\x00"), "{y}|{n}|9|{a}|{b}", "01", "\r\n", "\ufeff")
+        write("QQP", f"{part}.tsv", "id qid1 qid2 question1 question2 is_duplicate", "{n}|1|2|{a}|{b}|{y}", "01")
+        write("STS-B", f"{part}.tsv", "index genre filename year old_index source1 source2 sentence1 sentence2 score", "{n}|g|f|2012|1|none|none|{a}|{b}|{y}", ["0.000", "2.5", "5.000"])
+        write("QNLI", f"{part}.tsv", "index question sentence label", "{n}|{a}|{b}|{y}", ["entailment", "not_entailment"])
+        write("RTE", f"{part}.tsv", "index sentence1 sentence2 label", "{n}|{a}|{b}|{y}", ["entailment", "not_entailment"])
+        write("WNLI", f"{part}.tsv", "index sentence1 sentence2 label", "{n}|{a}|{b}|{y}", "01")
+    parses = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 sentence2 label1 "
+    three = ["entailment", "neutral", "contradiction"]
+    write("MNLI", "train.tsv", parses + "gold_label", "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|{y}", three)
+    for part in ("dev_matched", "dev_mismatched"):
+        write("MNLI", f"{part}.tsv", parses + "label2 label3 label4 label5 gold_label", "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|x|x|x|x|{y}", three)
+    for path in folder.rglob("MRPC/*.tsv"):
+        path.write_bytes(path.read_bytes().replace(b"\x00", b" "))
+    return folder
+
+
+def superglue_files(folder):
+    a, b, c, _ = SENTENCES
+    examples = {
+        "BoolQ": lambda n: {"question": a, "passage": b * 40, "label": n % 2 == 0},
+        "CB": lambda n: {"premise": a, "hypothesis": b, "label": ["entailment", "contradiction", "neutral"][n % 3]},
+        "COPA": lambda n: {"premise": a, "choice1": b, "choice2": c, "question": "cause", "label": n % 2},
+        "MultiRC": lambda n: {"passage": {"text": a * 30, "questions": [
+            {"idx": 2 * n + q, "question": b, "answers": [{"idx": i, "text": c, "label": (n + i) % 2} for i in range(2)]} for q in range(2)
+        ]}},
+        "RTE": lambda n: {"premise": a, "hypothesis": b, "label": ["entailment", "not_entailment"][n % 2]},
+        "WiC": lambda n: {"word": "dog", "sentence1": a, "sentence2": b, "start1": 0, "label": n % 2 == 0},
+        "WSC": lambda n: {"text": a, "target": {"span1_text": "cat", "span1_index": 1, "span2_text": "here", "span2_index": 3}, "label": n % 2 == 1},
+    }  # fmt: skip
+    for task, example in examples.items():
+        (folder / task).mkdir(parents=True)
+        for part in ("train", "val"):
+            (folder / task / f"{part}.jsonl").write_text("".join(json.dumps({"idx": n} | example(n)) + "\n" for n in range(8)))
+    return folder
+
+
+def sni_files(folder):
+    def task(name, definition, output, count, ids):
+        instances = [{"input": f"{SENTENCES[n % 4]} {n}", "output": output(n)} | ({"id": f"{name}-{n}"} if ids else {}) for n in range(count)]
+        examples = [{"input": f"in {k}", "output": f"out {k}!", "explanation": "so"} for k in range(3)]
+        (folder / "tasks").mkdir(parents=True, exist_ok=True)
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps({"Definition": definition, "Positive Examples": examples, "Negative Examples": [], "Instances": instances}, indent=1))
+
+    task("task1_a", ["Say it again ", "not this"], lambda n: ["yes", "no"][n % 2 :], 120, True)
+    task("task2_b", "Say so!", lambda n: "maybe", 3, False)
+    task("task3_c", ["Tell."], lambda n: ["one", "two", "three"], 130, True)
+    (folder / "splits" / "default").mkdir(parents=True)
+    (folder / "splits" / "default" / "train_tasks.txt").write_text("task1_a\ntask2_b\n")
+    (folder / "splits" / "default" / "test_tasks.txt").write_text("task3_c\n")
+    return folder
+
+
+FILES = {"glue": glue_files, "superglue": superglue_files, "sni": sni_files}
+
+
+@pytest.fixture(scope="session")
+def finished_runs(corpus_folder, t5_folder, tmp_path_factory):
+    """{model: the folder of a finished run of two updates}."""
+    runs = {"bert": tmp_path_factory.mktemp("runs") / "bert", "t5": tmp_path_factory.mktemp("runs") / "t5"}
+    train.main(small_run(corpus_folder, runs["bert"], "--budget_steps=2", "--validations=1"))
+    train.main(t5_run(t5_folder, runs["t5"], "--budget_steps=2", "--validations=1"))
+    return runs
+
+
+@pytest.mark.parametrize("suite", ["glue", "superglue", "sni"])
+def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys, suite):
+    """Stopped in its third task, it goes on there; its results are the tasks' metrics after every epoch."""
+    module, data = tasks.find(suite), FILES[suite](tmp_path / "data")
+    flags = [str(finished_runs[module.MODEL]), f"--suite={suite}", f"--data_dir={data}", f"--out={tmp_path / 'out'}", "--seeds=0,1", "--epochs=2", "--batch=4", "--threads=2"]
+    if suite == "sni":
+        monkeypatch.setattr(module, "INSTANCES", 6)
+        flags += ["--max_length=64"]
+    everything = ",".join(module.TASKS)  # glue's with wnli
+    original, begun = finetune.finetune, []
+
+    def stopped_in_the_third(*arguments):
+        begun.append(arguments[-1])
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    if suite != "sni":
+        monkeypatch.setattr(finetune, "finetune", stopped_in_the_third)
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main([*flags, f"--task={everything}"])
+        assert stopped.value.code == 130 and "goes on with the rest" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
+    assert len(before) == (2 if suite != "sni" else 0)
+    monkeypatch.setattr(finetune, "finetune", lambda *arguments: begun.append(arguments[-1]) or original(*arguments))
+    finetune.main([*flags, f"--task={everything}"])
+    assert begun[len(before) + (suite != "sni") :] == [f"{name} seed {seed}" for seed in (0, 1) for name in module.TASKS][len(before) :]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    output = capsys.readouterr().out
+    for name, task in module.TASKS.items():
+        for seed in (0, 1):
+            result = json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text())
+            names = [metric + suffix for suffix in ({"": 0, "_mismatched": 0} if name == "mnli" else {"": 0}) for metric in task.metrics]
+            assert list(result["last"]) == names and len(result["epochs"]) == (1 if suite == "sni" else 2)
+            assert result["last"] == result["epochs"][-1]["scores"]
+            assert result["best"] == {metric: max(epoch["scores"][metric] for epoch in result["epochs"]) for metric in names}
+        assert f"| {name} | " in output
+    if suite != "sni":
+        results = {(name, seed): json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text()) for name in module.TASKS for seed in (0, 1)}
+        expected = [np.mean([results[name, seed]["last"][metric] for name, metric in module.AVERAGED]) for seed in (0, 1)]
+        assert tasks.summary(tmp_path / "out", module)["all"]["score"]["last"] == pytest.approx(expected)
+    with pytest.raises(SystemExit):
+        finetune.main([*flags, "--lr=1"])
+    assert "is of another recipe: its lr is" in capsys.readouterr().err
+
+
+def test_glue_reads_what_is_published(tmp_path, capsys):
+    data = glue_files(tmp_path)
+    for name, task in glue.TASKS.items():
+        training, evaluated = glue.load(name, data)
+        assert len(training) == 8 and list(evaluated) == (["", "_mismatched"] if name == "mnli" else [""])
+        texts = (SENTENCES[0],) if len(task.texts) == 1 else (SENTENCES[0], SENTENCES[1])
+        assert training[0].texts == texts  # quotation marks as they are
+        assert [row.label for row in training[:3]] == {"mnli": [0, 1, 2], "stsb": [0.0, 2.5, 5.0]}.get(name, [0, 1, 0])
+    path = data / "QQP" / "train.tsv"
+    path.write_text(path.read_text() + "9\t1\t2\thow\n")
+    assert len(glue.load("qqp", data)[0]) == 8 and "1 lines end early and are left out" in capsys.readouterr().out
+    path.write_text(path.read_text() + "9\t1\t2\thow\n" * 10)
+    with pytest.raises(UserError, match=r"QQP/train.tsv, line 20: 4 columns, expected 6"):
+        glue.load("qqp", data)
+    for task, file, old, new, message in (
+        ("cola", "CoLA/dev.tsv", "gj04\t1\t", "gj04\t7\t", r"line 2: the label is '7', expected one of 0, 1"),
+        ("rte", "RTE/train.tsv", "1\ta dog", "a dog", r"line 3: 3 columns, expected 4"),
+        ("stsb", "STS-B/dev.tsv", "\t2.5\n", "\tmuch\n", r"line 3: the label is 'much', expected a number"),
+        ("mnli", "MNLI/dev_mismatched.tsv", "gold_label", "label", r"line 1: no column 'gold_label'"),
+    ):
+        whole = (data / file).read_text()
+        assert old in whole
+        (data / file).write_text(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match=message):
+            glue.load(task, data)
+        (data / file).write_text(whole)
+    (data / "SST-2" / "dev.tsv").write_bytes(b"sentence\tlabel\nfine\t1\n\xff\t0\n")
+    with pytest.raises(UserError, match=r"dev.tsv, line 3: not UTF-8"):
+        glue.load("sst2", data)
+
+
+def test_superglue_and_sni_name_malformed_lines(tmp_path):
+    data = superglue_files(tmp_path / "superglue")
+    assert superglue.load("copa", data)[0][1].texts == (*SENTENCES[:3], "cause")
+    training = superglue.load("multirc", data)[0]
+    assert len(training) == 32 and len({row.group for row in training}) == 16 and training[0].texts[1:] == (SENTENCES[1], SENTENCES[2])
+    for name, folder, broken, message in (
+        ("cb", "CB", '{"premise": "a", "label": "neutral"}', r"line 9: no 'hypothesis' in it"),
+        ("boolq", "BoolQ", '{"question": "a", "passage"', r"line 9: "),
+        ("wic", "WiC", '{"word": 1, "sentence1": "a", "sentence2": "b", "label": true}', r"line 9: a text is not a string"),
+        ("rte", "RTE", '{"premise": "a", "hypothesis": "b", "label": "neutral"}', r"line 9: the label is 'neutral', expected one of entailment, not_entailment"),
+        ("wsc", "WSC", '{"text": "a", "target": {}, "label": true}', r"line 9: no 'span1_text' in it"),
+    ):
+        with open(data / folder / "val.jsonl", "a") as file:
+            file.write(broken + "\n")
+        with pytest.raises(UserError, match=message):
+            superglue.load(name, data)
+    data = sni_files(tmp_path / "sni")
+    training, evaluated = sni.load("sni", data)
+    assert len(training) == 103 and len(evaluated[""]) == 100  # at most 100 of a task; the test's first 100
+    assert [row.texts[-1].count(f" {n}.\n") for n, row in enumerate(evaluated[""])] == [1] * 100
+    again, others = sni.load("sni", data), sni.load("sni", data, seed=1)
+    assert again == (training, evaluated) and others[0] != training and others[1] == evaluated
+    assert {row.label for row in evaluated[""]} == {"one", "two", "three"} and evaluated[""][0].references == ("one", "two", "three")
+    path = data / "tasks" / "task3_c.json"
+    whole = path.read_text()
+    for old, new, message in (('"output": [', '"outptu": [', "task3_c.json, instance 1: no 'output' in it"), ('"input"', '"input', "task3_c.json, line "), ('"Definition"', '"D"', "no 'Definition' in it")):
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            sni.load("sni", data)
+
+
+def test_snis_prompt_is_the_studys(tmp_path):
+    row = sni.load("sni", sni_files(tmp_path))[1][""][1]
+    start = "Definition: Tell.\n\n"
+    examples = [f" Positive Example {k + 1} -\nInput: in {k}.\n Output: out {k}!\n\n" for k in range(2)]
+    query = "Now complete the following example -\nInput: a dog said 'so' 1.\nOutput: "
+    for limit, fitting in ((1000, examples), (len(start + examples[0] + query), examples[:1]), (10, [])):
+        assert sni.prompt(row, len, limit) == start + "".join(fitting) + query
+
+
+def test_a_row_reads_all_its_texts_and_is_cut_at_the_longest(finished_runs):
+    bert, tokenizer = finetune.load_run(finished_runs["bert"], "cpu", 0.1, False, 0)
+    assert bert.config.dropout == 0.1
+    recipe = dataclasses.replace(glue.RECIPE, max_length=16)
+    learner = finetune.Classifier(bert, tokenizer, glue.TASKS["rte"], recipe)
+    short, long = tokenizer.encode("abc de"), tokenizer.encode(words_text(0, 40))
+    tokens, label = learner.encode(tasks.Row(("abc de", words_text(0, 40), "abc de"), 1))
+    room = 16 - 4 - 2 * len(short)
+    assert tokens == [2, *short, 3, *long[:room], 3, *short, 3] and len(tokens) == 16 and label == 1
+    assert learner.encode(tasks.Row(("abc de",), 1))[0] == [2, *short, 3]
+
+
+def test_fine_tunings_rate_is_that_of_transformers():
+    from transformers import get_cosine_schedule_with_warmup
+
+    recipe = dataclasses.replace(glue.RECIPE, lr=0.5)
+    for updates in (7, 40, 333):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * updates), updates)
+        for update in range(updates):
+            assert finetune.rate(recipe, update, updates) == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    assert {finetune.rate(sni.RECIPE, update, 10) for update in range(10)} == {5e-5}
+
+
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_neighbours_and_batch_size_change_no_prediction(finished_runs, tmp_path, monkeypatch, model):
+    loaded, tokenizer = finetune.load_run(finished_runs[model], "cpu", 0.1, False, 0)
+    nn.init.normal_(loaded.embedding, std=1.0)  # so that predictions differ
+    rows = [tasks.Row((words_text(seed, 3 + 9 * (seed % 4)),), seed % 2) for seed in range(12)]
+    if model == "bert":
+        learner = finetune.Classifier(loaded, tokenizer, glue.TASKS["stsb"], glue.RECIPE).eval()
+        encoded = [learner.encode(row) for row in rows]
+        alone = [learner(learner.batch([one]))[0] for one in encoded]
+        together = learner(learner.batch(encoded))
+        torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-5)
+        unmasked = learner.batch(encoded) | {"mask": torch.ones(1, 1, dtype=torch.bool).expand(12, learner.batch(encoded)["tokens"].shape[1])}
+        assert (learner(unmasked) - together).abs().max() > 1e-3  # the mask is what makes it so
+    else:
+        learner = finetune.Writer(loaded, tokenizer, sni.TASKS["sni"], dataclasses.replace(sni.RECIPE, target_length=6)).eval()
+        encoded = [(learner.ended(row.texts[0], 1024), [1]) for row in rows]
+    predictions = []
+    for size in (1, 5, 32):
+        monkeypatch.setattr(finetune, "ROWS_AT_ONCE", size)
+        predictions.append(finetune.predict(learner, encoded, "cpu"))
+    assert predictions[1] == pytest.approx(predictions[0], abs=1e-5) if model == "bert" else predictions[1] == predictions[0]
+    assert predictions[2] == pytest.approx(predictions[0], abs=1e-5) if model == "bert" else predictions[2] == predictions[0]
+    assert len(set(predictions[0])) > 6
+
+
+def test_fine_tuning_learns_and_starts_anew_for_every_task(finished_runs):
+    """It tells rows with one word from rows with another; the same seed gives the same scores."""
+    task = glue.TASKS["sst2"]
+    rows = [tasks.Row((f"{words_text(n, 4)} {'aaa' if n % 2 else 'jjj'}",), n % 2) for n in range(96)]
+    recipe = dataclasses.replace(glue.RECIPE, lr=1e-3, epochs=4, batch=8)
+    found = []
+    for _ in range(2):
+        bert, tokenizer = finetune.load_run(finished_runs["bert"], "cpu", 0.1, False, 0)
+        torch.manual_seed(0)
+        learner = finetune.Classifier(bert, tokenizer, task, recipe)
+        found.append(finetune.finetune(learner, task, rows[:64], {"": rows[64:]}, recipe, 0, "cpu", "words"))
+    assert found[0] == found[1] and found[0][-1]["scores"]["accuracy"] > 0.9
+    assert found[0][0]["training_loss"] > found[0][-1]["training_loss"]
+
+
+def test_a_run_carries_its_tokenizer(finished_runs, corpus_folder, tmp_path):
+    run = shutil.copytree(finished_runs["bert"], tmp_path / "run")
+    assert finetune.tokenizer_of(run).vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
+    (run / "tokenizer.json").unlink()  # as a run of an earlier version: its corpus has it
+    assert finetune.tokenizer_of(run).vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"corpus": "of another text"}))
+    with pytest.raises(UserError, match="no tokenizer in it"):
+        finetune.tokenizer_of(run)
+    pretrained, _ = finetune.load_run(finished_runs["bert"], "cpu", 0.0, False, 0)
+    untrained, _ = finetune.load_run(finished_runs["bert"], "cpu", 0.0, True, 0)
+    assert not torch.equal(pretrained.embedding, untrained.embedding)
+    assert untrained.embedding.std().item() == pytest.approx(0.02 * 3**0.5, rel=0.02)
+    for seed, same in ((0, True), (1, False)):
+        again, _ = finetune.load_run(finished_runs["bert"], "cpu", 0.0, True, seed)
+        assert torch.equal(again.embedding, untrained.embedding) is same
+
+
+def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monkeypatch):
+    t5, _ = finetune.load_run(finished_runs["t5"], "cpu", 0.0, False, 0)
+    models.save_transformers(t5, tmp_path / "theirs")
+    shutil.copy(finished_runs["t5"] / "tokenizer.model", tmp_path / "theirs" / "spiece.model")
+    monkeypatch.setattr(sni, "INSTANCES", 4)
+    data = sni_files(tmp_path / "data")
+    for folder, out in ((finished_runs["t5"], "ours"), (tmp_path / "theirs", "same")):
+        finetune.main([str(folder), "--suite=sni", f"--data_dir={data}", f"--out={tmp_path / out}", "--epochs=1", "--max_length=64", "--threads=2"])
+    ours, theirs = (json.loads((tmp_path / out / "sni-seed2137.json").read_text()) for out in ("ours", "same"))
+    assert ours["epochs"] == theirs["epochs"]
+
+
+def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    files, served = tmp_path / "files", tmp_path / "served"
+    served.mkdir()
+    glue_files(files), sni_files(files / "natural-instructions-master")
+    for archive, folder in (("glue/data/SST-2.zip", "SST-2"), ("master.zip", "natural-instructions-master")):
+        (served / archive).parent.mkdir(parents=True, exist_ok=True)
+        shutil.make_archive(served / archive.removesuffix(".zip"), "zip", files, folder)
+    header, *rows = (files / "MRPC" / "train.tsv").read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    original = "\ufeff" + "\r\n".join([header, *rows]) + "\r\n"
+    (served / "senteval/senteval_data").mkdir(parents=True)
+    (served / glue.TASKS["mrpc"].archive).write_bytes(original.encode())
+    (served / glue.MRPC_DEV_IDS[0]).write_text("0\t9\n5\t9\n")
+    server = serve(served)
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        with pytest.raises(UserError, match=r"SST-2.zip: damaged \(its SHA-256 is .* after 5 tries"):
+            glue.load("sst2", tmp_path / "data", url)
+        digest = lambda path: hashlib.sha256((served / path).read_bytes()).hexdigest()
+        monkeypatch.setitem(glue.TASKS, "sst2", dataclasses.replace(glue.TASKS["sst2"], sha256=digest("glue/data/SST-2.zip")))
+        monkeypatch.setitem(glue.TASKS, "mrpc", dataclasses.replace(glue.TASKS["mrpc"], sha256=digest(glue.TASKS["mrpc"].archive)))
+        monkeypatch.setattr(glue, "MRPC_DEV_IDS", (glue.MRPC_DEV_IDS[0], digest(glue.MRPC_DEV_IDS[0])))
+        assert glue.load("sst2", tmp_path / "data", url) == glue.load("sst2", files)
+        training, evaluated = glue.load("mrpc", tmp_path / "data", url)
+        everything = glue.read(files / "MRPC" / "train.tsv", glue.TASKS["mrpc"])
+        assert [everything[0], everything[5]] == evaluated[""] and training == [row for n, row in enumerate(everything) if n not in (0, 5)]
+        assert sni.load("sni", tmp_path / "sni", f"{url}/master.zip") == sni.load("sni", files / "natural-instructions-master")
+        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["MRPC", "SST-2"]
+        with pytest.raises(UserError, match="404"):
+            superglue.load("cb", tmp_path / "data", url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(UserError, match="CB.zip: .*run the same command again"):
+        superglue.load("cb", tmp_path / "data", url)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--suite=squad"], "expected one of glue, sni, superglue"),
+        (["--suite=glue", "--task=rte,boolq"], "--task=boolq: glue has cola, mnli"),
+        (["--suite=sni"], "--suite=sni is for t5;"),
+        (["--suite=glue", "--seeds=a"], "expected whole numbers"),
+        (["--suite=glue", "--dropout=1"], "a dropout from 0 to below 1"),
+        (["--suite=glue", "--task=rte", "--max_length=600", "--data_dir=GLUE"], "reads at most 512"),
+    ],
+)
+def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, flags, message):
+    data = glue_files(tmp_path / "data")
+    (data / "RTE" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + f"0\t{words_text(0, 400)}\tb\tentailment\n" * 4)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main([str(finished_runs["bert"]), f"--out={tmp_path / 'out'}", *(flag.replace("GLUE", str(data)) for flag in flags)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    unfinished = shutil.copytree(finished_runs["bert"], tmp_path / "unfinished", ignore=shutil.ignore_patterns("model.pt"))
+    with pytest.raises(SystemExit):
+        finetune.main([str(unfinished), "--suite=glue"])
+    assert "is not finished" in capsys.readouterr().err
+
+
+# -- The report and the study ------------------------------------------------------------------------------------
+
+
+def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
+    """A finished run's folder, with the losses of its validations."""
+    config = dataclasses.asdict(train.resolve({"method": method, "seed": seed, "budget_hours": hours, "data": "text", "device": "cpu"}))
+    config["reference"] = "mine.json"
+    changes = {"corpus": "c", "reference": {"probe_seconds": {"bert": 1.0}}} | changes
+    config |= changes.pop("config", {})
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    spent = [3600 * hours * (n + 1) / len(losses) for n in range(len(losses))]
+    lines = [json.dumps({"update": 10 * n, "validation_loss": loss, "spent_seconds": at}) for n, (loss, at) in enumerate(zip(losses, spent))]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    result = dict(validation_loss=losses[-1], updates=100, rows=800, charged_seconds=3600.0 * hours, free_seconds=36.0, cut_seconds=7.2, wall_seconds=7200.0, commit="abc", device="CPU", threads=2)
+    (folder / "result.json").write_text(json.dumps(result | changes))
+    return folder
+
+
+def test_differences_and_intervals_are_scipys():
+    from scipy import stats
+
+    generator = np.random.default_rng(0)
+    for count in (2, 3, 5, 12):
+        ours, theirs = generator.normal(size=(2, count))
+        paired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {seed: [x] for seed, x in enumerate(theirs)})
+        interval = stats.ttest_rel(ours, theirs).confidence_interval()
+        assert paired[:2] == pytest.approx([(interval.low + interval.high) / 2, (interval.high - interval.low) / 2], rel=1e-3)
+        unpaired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {100 + seed: [x] for seed, x in enumerate(theirs[:-1])}) if count > 2 else None
+        if unpaired:
+            interval = stats.ttest_ind(ours, theirs[:-1], equal_var=False).confidence_interval()
+            assert unpaired[0] == pytest.approx((interval.low + interval.high) / 2)
+            # The table of t has whole degrees of freedom and rounds down, so that ours is never the narrower one.
+            assert (interval.high - interval.low) / 2 <= unpaired[1] * 1.001
+    assert report.difference({0: [2.0]}, {0: [1.0]}) == (1.0, None, "paired, 1")
+    assert report.difference({0: [2.0, 4.0], 1: [9.0]}, {0: [1.0]}) == (2.0, None, "paired, 1")  # a seed twice is one seed
+    for degrees, value in enumerate(report.T_95, 1):
+        assert value == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
+
+
+def test_speed_up_is_read_off_the_baselines_final_losses():
+    points = [(1.0, 3.0), (2.0, 2.0), (4.0, 1.5)]
+    assert report.speed_up(points, 2.0, 1.0) == pytest.approx(2.0)
+    assert report.speed_up(points, 2.5, 1.0) == pytest.approx(2**0.5)
+    assert report.speed_up(points, 1.75, 4.0) == pytest.approx(8**0.5 / 4)
+    assert report.speed_up(points, 3.5, 2.0) == "<0.5" and report.speed_up(points, 1.0, 2.0) == ">2"
+    assert report.speed_up(points[:1], 3.0, 1.0) is None
+
+
+def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for seed, (base, stacked) in enumerate([(3.0, 2.9), (3.1, 2.8), (3.2, 3.0)]):
+        write_run(runs / f"b{seed}", [4.0, base], seed=seed)
+        write_run(runs / f"s{seed}", [4.1, stacked], "stacking", seed)
+        write_run(runs / f"b2-{seed}", [3.9, base - 0.5], seed=seed, hours=2.0)
+    write_run(runs / "lr", [9.0], config={"lr": 0.5})  # another recipe: a row of its own
+    write_run(runs / "corpus", [8.0], "stacking", corpus="another")  # another preparation, another reference, updates in place of hours: other tables
+    write_run(runs / "machine", [7.0], "stacking", reference={"probe_seconds": {"bert": 2.0}})
+    write_run(runs / "plain", [7.0], config={"reference": "this"}, reference={"probe_seconds": {}})
+    write_run(runs / "steps", [6.0], config={"budget_hours": None, "budget_steps": 5})
+    (write_run(runs / "unfinished", [5.0], "lion") / "result.json").unlink()
+    (write_run(runs / "damaged", [5.0], "lion") / "result.json").write_text('{"validation_loss"')
+    (write_run(runs / "no-loss", [5.0], "rho") / "result.json").write_text('{"updates": 1}')
+    (write_run(runs / "config", [5.0]) / "config.json").write_text("{")
+    (write_run(runs / "cut-log", [5.0], "sophia") / "log.jsonl").write_text('{"update": 1, "validation_loss": 4.0, "spent_seconds": 1.0}\n{"upd')
+    for run, score in (("b0", 0.5), ("b1", 0.7), ("s0", 0.8)):
+        out = runs / run / "finetuned" / "glue"
+        out.mkdir(parents=True)
+        (out / "rte-seed0.json").write_text(json.dumps({"task": "rte", "seed": 0, "last": {"accuracy": score}, "best": {"accuracy": score + 0.1}}))
+    (runs / "b2-0" / "finetuned" / "glue").mkdir(parents=True)
+    (runs / "b2-0" / "finetuned" / "glue" / "rte-seed0.json").write_text("{")
+    report.main([str(runs), f"--csv={tmp_path / 'table.csv'}", f"--figures={tmp_path / 'figures'}"])
+    output = capsys.readouterr().out
+    assert re.findall("^## (.*)", output, re.MULTILINE) == [
+        *(f"bert-tiny on text ({number} of 4 corpora or references), {budget}"
+          for number, budget in ((1, "1 h of mine"), (1, "2 h of mine"), (1, "5 updates"), (2, "1 h of mine"), (3, "1 h of mine"), (4, "1 h of this")))
+    ]  # fmt: skip
+    one = output.split("## ")[1]
+    assert "| baseline | 3 | 3.1000 ± 0.1000 | – |" in one and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
+    assert "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one and "| lion | 0 | – | – | – |" in one
+    assert "| 100 | 800 | 1 | 0.01 | 2 | 0.20% |" in one and "commits: abc" in one
+    assert "| method | glue rte accuracy |" in one and "| baseline | 60.0 ± 14.1 (2), best 70.0 ± 14.1 (2) |" in one and "| stacking | 80.0 (1), best 90.0 (1) |" in one and "| lion | – |" in one
+    for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("b2-0", "damaged: ")):
+        assert f"{runs / name}: {problem}" in output
+    with open(tmp_path / "table.csv") as file:
+            records = [(r["method"], r["budget"], r["n"], r["difference"]) for r in csv.DictReader(file)]
+    assert ("stacking", "1 h", "3") in [record[:3] for record in records if record[3] and float(record[3]) == pytest.approx(-0.2)]
+    assert ("lion", "1 h", "0", "") in records and len(records) == 11
+    figures = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert len([name for name in figures if name.startswith("loss-")]) == 6 and len(figures) == 8  # and final losses and speed-up by budget
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "figures")])
+    assert "neither the folder of a run nor a folder with runs" in capsys.readouterr().err
+
+
+def test_report_reads_real_runs(finished_runs, capsys):
+    report.main([str(finished_runs["bert"]), str(finished_runs["t5"])])
+    output = capsys.readouterr().out
+    for model, run in finished_runs.items():
+        loss = json.loads((run / "result.json").read_text())["validation_loss"]
+        assert re.search(rf"## {model}-tiny on .*, 2 updates\n", output) and f"| baseline | 1 | {loss:.4f} ± – |" in output
+
+
+def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
+    flags = ["study.py", "--methods=baseline,stacking", "--seeds=0,1", "--budgets=0.0002", *small_run(corpus_folder, "x")]
+    flags = [flag for flag in flags if not flag.startswith("--out")]
+    first = command(*flags, project=project)
+    assert first.returncode == 0, first.stderr
+    folders = sorted((project / "runs").iterdir())
+    assert len(folders) == 4 and all((folder / "result.json").exists() for folder in folders)
+    results = {folder: (folder / "result.json").read_bytes() for folder in folders}
+    (folders[0] / "result.json").unlink()  # as if it had been stopped just before its end
+    second = command(*flags, project=project)
+    assert second.returncode == 0, second.stderr
+    assert re.findall(r": (finished|interrupted|new)", first.stdout + second.stdout) == ["new"] * 4 + ["interrupted"] + ["finished"] * 3
+    assert sorted((project / "runs").iterdir()) == folders and (folders[0] / "result.json").exists()
+    assert all((folder / "result.json").read_bytes() == results[folder] for folder in folders[1:])
+    wrong = command(*flags, "--size=huge", project=project)
+    assert wrong.returncode == 2 and "--size" in wrong.stderr and "[1 of 4]" not in wrong.stdout
+
+
 # -- The house --------------------------------------------------------------------------------------------
 
 
 def test_the_loop_names_no_method_and_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("methods/*.py"), *ROOT.glob("data/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("methods/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tasks/*.py")]:
         assert path.name in readme, path
     for flag in set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)):
         assert flag in {field.name for field in dataclasses.fields(train.Config)} | {"resume", "help"}, flag
@@ -1842,7 +2387,7 @@ def test_the_loop_names_no_method_and_the_readme_names_every_file():
 
 
 def test_every_class_and_place_has_a_docstring():
-    for module in (models, rst, train, prepare, corpora, methods, baseline):
+    for module in (models, rst, train, prepare, corpora, methods, baseline, finetune, tasks, glue, superglue, sni, report):
         for name, value in vars(module).items():
             if isinstance(value, type) and value.__module__ == module.__name__:
                 assert value.__doc__, name

@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -469,6 +470,7 @@ def train(config, folder, resume=False):
 
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # with model.pt it is all that fine-tuning needs
         if not resume or not (folder / "config.json").exists():
             write_json(folder / "config.json", dataclasses.asdict(config))
         log = open(folder / "log.jsonl", "a" if resume else "w")
@@ -680,20 +682,25 @@ def holds_run(folder, config):
     return not result.exists() or read_json(result).get("corpus") == open_corpus(config).meta["checksum"]
 
 
-def finish(name, config):
-    """Reuses, resumes or makes the run that a method needs first; returns its folder."""
+def find_run(config):
+    """The folder of this configuration's run, "finished", "interrupted" or "new"."""
     plan, number = ROOT / "runs" / plan_name(config), 1
     folder = plan
     while (folder / "config.json").exists() and not holds_run(folder, config):  # same name, another plan
         number += 1
         folder = plan.with_name(f"{plan.name}-{number}")
-    if (folder / "result.json").exists():
+    return folder, "finished" if (folder / "result.json").exists() else "interrupted" if (folder / "config.json").exists() else "new"
+
+
+def finish(name, config):
+    """Reuses, resumes or makes the run that a method needs first; returns its folder."""
+    folder, state = find_run(config)
+    if state == "finished":
         say(f"{name}: reusing {shown(folder)}")
         return folder
-    exists = (folder / "config.json").exists()
-    say(f"{name}: {'resuming' if exists else 'training'} {shown(folder)} first; it is not charged to the run that needs it")
+    say(f"{name}: {'resuming' if state == 'interrupted' else 'training'} {shown(folder)} first; it is not charged to the run that needs it")
     try:
-        train(config, folder, resume=exists)
+        train(config, folder, resume=state == "interrupted")
     except SystemExit:
         say(f"that was the {name}; the command that you gave goes on with it, too")
         raise

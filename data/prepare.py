@@ -382,14 +382,21 @@ def write_pydocs(folder):
     return [path]
 
 
-def download(url, path):
+def check_gzip(path):
+    """Reads all of it: gzip has a checksum of its own over the text."""
+    with gzip.open(path) as file:
+        while file.read(1 << 22):
+            pass
+
+
+def download(url, path, check=check_gzip):
     """Fetches `url` into `path`; goes on where a broken download stopped; the whole is checked.
 
-    The length must be the server's, and gzip's own checksum over the whole text must hold.
+    The length must be the server's, and `check(path)` must not raise OSError, EOFError, ValueError or zlib.error.
     """
     if path.exists():
         return
-    part = path.with_name(path.name + ".part")
+    part, problem = path.with_name(path.name + ".part"), "incomplete"
     for attempt in range(5):
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -397,9 +404,10 @@ def download(url, path):
             with urllib.request.urlopen(request, timeout=60) as response:
                 if response.status != 206:
                     have = 0  # the server sends the file from its start
-                total = have + int(response.headers["Content-Length"])
+                length = response.headers["Content-Length"]
+                total = have + int(length) if length else 0  # 0: the server does not say; the check decides
                 with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None
+                    desc=path.name, total=total or None, initial=have, unit="B", unit_scale=True, disable=None
                 ) as bar:
                     while piece := response.read(1 << 20):
                         file.write(piece)
@@ -417,15 +425,14 @@ def download(url, path):
         if part.stat().st_size < total:
             continue  # the connection broke without an error
         try:
-            with gzip.open(part) as file:
-                while file.read(1 << 22):
-                    pass
-        except (OSError, EOFError, zlib.error):
+            check(part)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            problem = f"damaged ({error})"
             part.unlink()  # spliced or damaged: from the start again
             continue
         part.rename(path)
         return
-    raise UserError(f"{url}: incomplete or damaged after 5 tries; run the same command again")
+    raise UserError(f"{url}: {problem} after 5 tries; run the same command again")
 
 
 # -- Encoding --------------------------------------------------------------------------------------------

@@ -1,0 +1,147 @@
+"""What a downstream suite is, and how its published files come to this machine and are read.
+
+A suite is a file `tasks/NAME.py` with
+
+    MODEL       "bert" or "t5": whose suite it is
+    RECIPE      the study's hyper-parameters, a `Recipe`
+    TASKS       {name: task}; a task has `metrics`, {name: function(predictions, rows)}
+    DEFAULT     the tasks of a run without --task
+    AVERAGED    what the suite's score is the mean of: (task, metric) pairs
+    URL         where the files are published
+    load(task, data_dir, url, ...)   (training rows, {suffix of the metrics' names: rows to evaluate on})
+"""
+
+import hashlib
+import importlib
+import json
+import shutil
+import statistics
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.prepare import download
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters of fine-tuning: AdamW without clipping."""
+
+    lr: float
+    epochs: int
+    batch: int
+    max_length: int  # tokens that a row reads, special ones included
+    seeds: tuple
+    schedule: str = "cosine"  # after the warm-up: cosine to zero, or constant
+    warmup_share: float = 0.0  # of the task's own updates
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    target_length: int = 0  # T5: tokens that a row writes, at most
+    evaluate_every_epoch: bool = True  # or only after the last
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: the texts that the model reads, in order, and what it should say: the number of a class, a score, or
+    (T5) one text; then `references` are all the texts that count as right."""
+
+    texts: tuple
+    label: object
+    group: object = None  # MultiRC: the question that the answer belongs to
+    references: tuple = ()
+
+
+def suites():
+    """Names of the suites: the files beside this one that hold one."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "metrics"))
+
+
+def find(name):
+    """The module of a suite."""
+    if name not in suites():
+        raise UserError(f"--suite={name}: expected one of {', '.join(suites())}")
+    return importlib.import_module(f"tasks.{name}")
+
+
+def of_labels(metric):
+    """A metric of (predictions, truths) as one of (predictions, rows)."""
+    return lambda predictions, rows: metric(predictions, [row.label for row in rows])
+
+
+def lines(path):
+    """(number, text) of every line. Only a line feed ends one: texts hold other characters that Python would split at."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --data_dir names a folder with the suite's files as they are published") from None
+
+
+def check_published(sha256=None):
+    """A check for `download`: the file has this SHA-256; without one it is a zip file with whole members."""
+
+    def check(path):
+        if sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+            raise ValueError(f"its SHA-256 is {found}, that of the published file {sha256}")
+        try:
+            if not sha256 and zipfile.ZipFile(path).testzip():
+                raise ValueError("a member of the zip file is damaged")
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"not a zip file: {error}") from None
+
+    return check
+
+
+def fetch_zip(url, folder, sha256=None):
+    """Makes `folder` from the top folder of a published zip file, unless it is there already."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    archive, unpacked = folder.with_name(folder.name + ".zip"), folder.with_name(folder.name + ".tmp")
+    print(f"{folder} is not there; downloading {url}")
+    download(url, archive, check_published(sha256))
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with zipfile.ZipFile(archive) as file:
+        members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
+        file.extractall(unpacked, members)
+    tops = {name.partition("/")[0] for name in members}
+    (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
+    shutil.rmtree(unpacked, ignore_errors=True)
+    archive.unlink()
+
+
+# -- Results: files TASK-seedS.json, written by finetune.py --------------------------------------------------------
+
+
+def summary(folder, suite):
+    """What the results of a folder say: {task: {metric: {"last": [score of each seed], "best": [...]}}}, and under "all" the
+    suite's own mean for the seeds that have all of it. A file that cannot be read is a UserError."""
+    found = {}
+    for path in sorted(Path(folder).glob("*-seed*.json")):
+        try:
+            result = json.loads(path.read_text())
+            for kind in ("last", "best"):
+                for metric, score in result[kind].items():
+                    found.setdefault(result["task"], {}).setdefault(metric, {}).setdefault(kind, {})[result["seed"]] = float(score)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and make it again") from None
+    if len(suite.AVERAGED) > 1 and all(metric in found.get(task, {}) for task, metric in suite.AVERAGED):
+        columns = {kind: [found[task][metric][kind] for task, metric in suite.AVERAGED] for kind in ("last", "best")}
+        seeds = sorted(set.intersection(*map(set, columns["last"])))
+        if seeds:
+            found["all"] = {"score": {kind: {seed: statistics.mean(column[seed] for column in columns[kind]) for seed in seeds} for kind in columns}}
+    return {task: {metric: {kind: list(seeds.values()) for kind, seeds in kinds.items()} for metric, kinds in metrics.items()} for task, metrics in found.items()}
+
+
+def percent(scores):
+    """The mean in percent, the standard deviation over seeds, and their number: "61.2 ± 0.8 (3)"."""
+    deviation = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{100 * statistics.mean(scores):.1f}{deviation} ({len(scores)})"
