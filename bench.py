@@ -219,25 +219,30 @@ def optimizer_steps(repeats, rows=8):
 COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1000"]}
 
 
-def costs(repeats, updates=20):
-    """Runs of the loop at size small, in turns, on the documentation strings; rho's other model stays in runs/."""
-    for model, batch in (("bert", 16), ("t5", 4)):
-        flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}", f"--budget_steps={updates}",
-                 "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
-        seconds, records, memory, notes = {}, {}, {}, []
-        for _ in range(repeats):
-            for method in ("baseline", "stacking", "layer_drop", "selective_backprop", "rho", "lion", "sophia"):
-                with tempfile.TemporaryDirectory() as folder:
-                    command = [sys.executable, "train.py", *flags, f"--method={method}", f"--out={folder}/run", *COST_FLAGS.get(method, [])]
-                    with open(f"{folder}/messages", "w+") as messages:
-                        process = subprocess.Popen(command, cwd=ROOT, stdout=messages, stderr=messages)
-                        _, status, usage = os.wait4(process.pid, 0)
-                        if status != 0:
-                            raise UserError(f"{' '.join(command)} failed: {Path(messages.name).read_text()[-500:]}")
-                    lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
-                records[method] = [line for line in lines if "loss" in line]
-                seconds.setdefault(method, []).append(statistics.mean(line["charged_seconds"] for line in records[method]))
-                memory[method] = usage.ru_maxrss / 2**20  # of kB
+def costs(repeats, chosen=tuple(models.SIZES), updates=20):
+    """Runs of the loop at size small on the documentation strings, each beside a run of the baseline, both with half of the
+    threads: at the same time on the same machine, so that its other work slows both. rho's other model stays in runs/."""
+    for model, batch in (pair for pair in (("bert", 16), ("t5", 4)) if pair[0] in chosen):
+        flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}",
+                 f"--threads={max(1, torch.get_num_threads() // 2)}", "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
+        (irreducible,) = methods.find("rho").prerequisites(train.resolve(train.parse([*flags, "--method=rho", f"--budget_steps={updates}"])[0])).items()
+        train.finish(*irreducible)
+        ratios, records, memory, notes = {}, {}, {}, []
+        for method in ("baseline", "stacking", "layer_drop", "selective_backprop", "rho", "lion", "sophia") * repeats:
+            with tempfile.TemporaryDirectory() as folder:
+                mine, beside = ([sys.executable, "train.py", *flags, f"--out={folder}/{name}"] for name in ("mine", "beside"))
+                with open(f"{folder}/messages", "w+") as messages:
+                    other = subprocess.Popen([*beside, "--budget_steps=1000000"], cwd=ROOT, stdout=messages, stderr=messages)
+                    process = subprocess.Popen([*mine, f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])], cwd=ROOT, stdout=messages, stderr=messages)
+                    _, status, usage = os.wait4(process.pid, 0)
+                    other.kill()
+                    if status != 0 or other.wait() != -9:
+                        raise UserError(f"{method} or the baseline beside it failed: {Path(messages.name).read_text()[-500:]}")
+                lines, others = ([json.loads(line) for line in (Path(folder) / name / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")] for name in ("mine", "beside"))
+            records[method] = [line for line in lines if "loss" in line]
+            local = [statistics.mean(line["charged_seconds"] / line["factor"] for line in run) for run in (records[method], others)]
+            ratios.setdefault(method, []).append(local[0] / local[1])
+            memory[method] = usage.ru_maxrss / 2**20  # of kB
         constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
         full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
         rho_options, sophia_options = (train.resolve({"model": model, "size": "small", "device": "cpu", "method": method}).options for method in ("rho", "sophia"))
@@ -251,13 +256,12 @@ def costs(repeats, updates=20):
             method: statistics.mean(constant + per_layer * line["row_layers"] / batch for line in records[method]) / full
             for method in ("stacking", "layer_drop")
         }  # fmt: skip
-        print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times in turns; an update with n layers takes {constant:.3f} + {per_layer:.3f} n s")
+        print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times; an update with n layers takes {constant:.3f} + {per_layer:.3f} n s")
         print("| method | an update, relative to the baseline's | theory | gap | peak memory, GB |\n|---|---|---|---|---|")
-        for method, values in seconds.items():
-            ratios = [value / base for value, base in zip(values, seconds["baseline"])]
-            measured = statistics.median(ratios)
+        for method, values in ratios.items():
+            measured = statistics.median(values)
             expected = theory.get(method, 1.0)
-            print(f"| {method} | {measured:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
+            print(f"| {method} | {measured:.3f} ({min(values):.3f} to {max(values):.3f}) | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
             if method in scored:
                 share = (measured - 1) / scored[method]
                 notes.append(f"{method} scores {scored[method]:.2f} rows for each that it trains on; one costs {share:.3f} of an update's row (theory 0.333)")
@@ -275,10 +279,11 @@ def cost_of_layers(config, rows, repeats=5):
     return few - per_layer * (layers // 4), per_layer
 
 
-def load(repeats):
+def load(repeats, chosen=tuple(models.SIZES)):
     """Runs of the tiny models budgeted in the reference's time under four loads, with and without re-probing."""
     print("| model, updates within its budget | re-probing | 1 thread | 2 threads | beside a busy process | beside it in the first half | spread |\n|---|---|---|---|---|---|---|")
-    for (model, reference, budget_hours), reprobe in itertools.product((("bert", "rtx3090", 6e-5), ("t5", "a100", 1e-4)), ("true", "false") * repeats):
+    budgets = [("bert", "rtx3090", 6e-5), ("t5", "a100", 1e-4)]
+    for (model, reference, budget_hours), reprobe in itertools.product((budget for budget in budgets if budget[0] in chosen), ("true", "false") * repeats):
         updates, walls = [], []
         for threads, busy in ((1, "never"), (2, "never"), (2, "always"), (2, "first half")):
             with tempfile.TemporaryDirectory() as folder:
@@ -311,13 +316,16 @@ def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("bench", choices=list(benches))
     parser.add_argument("--repeats", type=int)
+    parser.add_argument("--model", choices=list(models.SIZES), help="of costs and load: only this one")
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         raise UserError(f"--repeats={options.repeats}: expected at least 1")
     train.keep_freed_memory()
     train.flush_denormals()
     function, repeats = benches[options.bench]
-    function(options.repeats or repeats)
+    if options.model and options.bench not in ("costs", "load"):
+        raise UserError(f"--model={options.model}: only costs and load have it")
+    function(options.repeats or repeats, *([(options.model,)] if options.model else []))
 
 
 if __name__ == "__main__":

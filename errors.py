@@ -31,11 +31,14 @@ def exits_on_user_error(main):
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
         try:
-            return main(*arguments, **keywords)
+            returned = main(*arguments, **keywords)
+            sys.stdout.flush()  # or a closed pipe is noticed only at the interpreter's end
+            return returned
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-        except BrokenPipeError:  # whoever reads our output has seen enough, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            print("ended: nobody reads the output any more (as after `| head`)", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
             sys.exit(1)
         except OSError as error:
             if error.errno not in OF_THE_FILE_SYSTEM:

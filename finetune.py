@@ -12,10 +12,10 @@ also be a folder of transformers with a T5 (config.json, weights, spiece.model).
 
 import dataclasses
 import datetime
-import json
 import math
-import sys
 import time
+import zlib
+from array import array
 from pathlib import Path
 
 import rst  # before torch: it says how OpenMP's threads wait
@@ -30,20 +30,19 @@ import model as models
 import tasks
 from data.prepare import SPECIAL_TOKENS, SentencePieceTokenizer, corpus_folder, load_tokenizer
 from errors import Parser, UserError, exits_on_user_error
-from tasks.sni import prompt
-from train import DTYPES, ROOT, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
+from train import DTYPES, ROOT, check_device, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
 
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
-ROWS_AT_ONCE = 32  # in evaluation; changes speed and memory only
-RECIPE_FLAGS = ("lr", "epochs", "batch", "max_length", "dropout")
+ROWS_AT_ONCE = 16  # in evaluation; changes speed and memory only
+RECIPE_FLAGS = ("lr", "epochs", "batch", "max_length", "dropout", "dtype")
 
 
 # -- Two kinds of learners, one interface: encode(row), batch(encoded rows), loss(batch), predictions(batch) -----
 
 
 def padded(rows, value=0):
-    """Lists of numbers -> (B, T) int64, T a multiple of 8."""
+    """Arrays of numbers -> (B, T) int64, T a multiple of 8."""
     length = -(-max(map(len, rows)) // 8) * 8
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
@@ -74,7 +73,7 @@ class Classifier(nn.Module):
         lengths, room = [len(part) for part in parts], self.recipe.max_length - 1 - len(parts)
         while sum(lengths) > room:
             lengths[lengths.index(max(lengths))] -= 1
-        return [CLS, *(token for part, length in zip(parts, lengths) for token in (*part[:length], SEP))], row.label
+        return array("i", [CLS, *(token for part, length in zip(parts, lengths) for token in (*part[:length], SEP))]), row.label
 
     def batch(self, encoded):
         """`tokens` and `mask` (B, T), `labels` (B,)."""
@@ -102,15 +101,15 @@ class Writer(nn.Module):
 
     def __init__(self, t5, tokenizer, task, recipe):
         super().__init__()
-        self.t5, self.tokenizer, self.recipe = t5, tokenizer, recipe
+        self.t5, self.tokenizer, self.task, self.recipe = t5, tokenizer, task, recipe
 
     def ended(self, text, limit):
         """The tokens of a text, cut to the limit, and </s>."""
-        return [*self.tokenizer.encode(text)[: limit - 1], self.tokenizer.separator]
+        return array("i", [*self.tokenizer.encode(text)[: limit - 1], self.tokenizer.separator])
 
     def encode(self, row):
         """(tokens of the prompt, tokens of the label), both ended by </s>."""
-        source = prompt(row, lambda text: len(self.tokenizer.encode(text)) + 1, self.recipe.max_length)
+        source = self.task.prompt(row, lambda text: len(self.tokenizer.encode(text)) + 1, self.recipe.max_length)
         return self.ended(source, self.recipe.max_length), self.ended(row.label, self.recipe.target_length)
 
     def batch(self, encoded):
@@ -190,12 +189,12 @@ def moved(batch, device):
 
 
 @torch.no_grad()
-def predict(learner, encoded, device):
+def predict(learner, encoded, device, label=""):
     """The predictions for all encoded rows, in their order. Rows of like length are read together, so that little is padding."""
     learner.eval()
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index][0]))
     predictions = [None] * len(encoded)
-    for start in range(0, len(order), ROWS_AT_ONCE):
+    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), f"{label}, evaluating", leave=False, disable=None):
         part = order[start : start + ROWS_AT_ONCE]
         batch = moved(learner.batch([encoded[index] for index in part]), device)
         for index, prediction in zip(part, learner.predictions(batch)):
@@ -212,8 +211,8 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
         training, evaluated: rows, and {suffix of the metrics' names: rows}.
         label: what the progress bar says.
     """
-    encoded = [learner.encode(row) for row in tqdm(training, f"{label}, encoding", leave=False, disable=None)]
-    evaluated = {suffix: (rows, [learner.encode(row) for row in rows]) for suffix, rows in evaluated.items()}
+    encoded, *others = ([learner.encode(row) for row in tqdm(rows, f"{label}, encoding", leave=False, disable=None)] for rows in (training, *evaluated.values()))
+    evaluated = {suffix: (rows, its_encoded) for (suffix, rows), its_encoded in zip(evaluated.items(), others)}
     batch = min(recipe.batch, len(training))
     per_epoch = len(training) // batch  # the last, incomplete batch is dropped, as the study
     updates, update, epochs = recipe.epochs * per_epoch, 0, []
@@ -244,7 +243,7 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
             if recipe.evaluate_every_epoch or epoch == recipe.epochs - 1:
                 scores = {}
                 for suffix, (rows, its_encoded) in evaluated.items():
-                    predictions = predict(learner, its_encoded, device)
+                    predictions = predict(learner, its_encoded, device, label)
                     scores |= {name + suffix: metric(predictions, rows) for name, metric in task.metrics.items()}
                 epochs.append({"epoch": epoch + 1, "training_loss": mean_loss, "scores": scores})
                 bar.set_postfix({name: f"{score:.4f}" for name, score in scores.items()})
@@ -257,6 +256,8 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
 def recipe_of(suite, typed):
     """The suite's recipe with what was typed over it."""
     recipe = dataclasses.replace(suite.RECIPE, **{name: typed[name] for name in RECIPE_FLAGS if typed.get(name) is not None})
+    if recipe.dtype is None:
+        recipe = dataclasses.replace(recipe, dtype="bf16" if typed["device"].startswith("cuda") else "fp32")
     if not recipe.lr >= 0 or min(recipe.epochs, recipe.batch) < 1 or recipe.max_length < 8 or not 0 <= recipe.dropout < 1:
         raise UserError(
             f"--lr={recipe.lr:g} --epochs={recipe.epochs} --batch={recipe.batch} --max_length={recipe.max_length} --dropout={recipe.dropout:g}: "
@@ -265,15 +266,32 @@ def recipe_of(suite, typed):
     return recipe
 
 
-def finished(path, recipe):
-    """Whether a result is there already; one of another recipe is refused."""
-    if not path.exists():
-        return False
-    theirs, ours = read_json(path).get("recipe", {}), json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for name in ours.keys() - {"seeds"}:
-        if theirs.get(name) != ours[name]:
-            raise UserError(f"{shown(path)} is of another recipe: its {name} is {theirs.get(name)}, now it is {ours[name]}; choose another folder with --out")
-    return True
+def identity_of(folder, options, recipe):
+    """What all results of one folder have in common: which weights, and how they are fine-tuned."""
+    weights = next(path for path in (folder / name for name in ("model.pt", "model.safetensors", "pytorch_model.bin")) if path.exists())
+    recipe = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "seeds"}
+    return {"suite": options.suite, "weights": zlib.crc32(weights.read_bytes()), "untrained": options.untrained} | recipe
+
+
+def check_results(out, identity):
+    """Refuses a folder that holds results of other weights, or of another recipe."""
+    for path in sorted(out.glob("*-seed*.json")):
+        theirs = read_json(path).get("identity", {})
+        for name, ours in identity.items():
+            if theirs.get(name) != ours:
+                raise UserError(f"{shown(path)} is of another recipe or model: its {name} is {theirs.get(name)}, now it is {ours}; choose another folder with --out")
+
+
+def kind_of(folder):
+    """"bert" or "t5": which model a finished run, or a folder of transformers, holds."""
+    if is_transformers(folder):
+        return "t5"  # load_transformers refuses what is none
+    kind = read_json(folder / "config.json").get("model")
+    if kind not in KINDS:
+        raise UserError(f"{folder}/config.json is neither one of a run nor one of transformers")
+    if not (folder / "model.pt").exists():
+        raise UserError(f"{folder}: its model.pt is missing" if (folder / "result.json").exists() else f"{folder} is not finished; go on with: python train.py --resume={folder}")
+    return kind
 
 
 @exits_on_user_error
@@ -292,11 +310,14 @@ def main(arguments=None):
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, help=f"{help} (the study's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="precision (bf16 on a GPU, else fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="precision (sni: fp32; else bf16 on a GPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--out", help="folder of the results (RUN/finetuned/SUITE, with -untrained)")
     options = parser.parse_args(arguments)
     suite, folder, device = tasks.find(options.suite), Path(options.run), options.device
+    check_device(device)
+    if options.threads < 0:
+        raise UserError(f"--threads={options.threads}: expected at least 0")
     recipe = recipe_of(suite, vars(options))
     chosen = options.task.split(",") if options.task else suite.DEFAULT
     if unknown := [name for name in chosen if name not in suite.TASKS]:
@@ -307,11 +328,9 @@ def main(arguments=None):
             raise ValueError
     except ValueError:
         raise UserError(f"--seeds={options.seeds}: expected whole numbers from 0, joined by commas") from None
-    kind = "t5" if is_transformers(folder) else read_json(folder / "config.json")["model"]
+    kind = kind_of(folder)
     if kind != suite.MODEL:
         raise UserError(f"--suite={options.suite} is for {suite.MODEL}; {folder} is a {kind}")
-    if not is_transformers(folder) and not (folder / "model.pt").exists():
-        raise UserError(f"{folder} is not finished: it has no model.pt; go on with: python train.py --resume={folder}")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in pre-training
@@ -320,28 +339,31 @@ def main(arguments=None):
     data_dir = Path(options.data_dir) if options.data_dir else ROOT / "data" / options.suite
     out = Path(options.out) if options.out else folder / "finetuned" / (options.suite + ("-untrained" if options.untrained else ""))
     out.mkdir(parents=True, exist_ok=True)
+    identity = identity_of(folder, options, recipe)
+    check_results(out, identity)
     say(f"{shown(folder)}{', untrained,' if options.untrained else ''} on {', '.join(chosen)} of {options.suite}; results in {shown(out)}")
     say(f"  recipe   lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup_share:g}, batch {recipe.batch}, {recipe.epochs} epochs, "
-        f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, seeds {', '.join(map(str, seeds))}")  # fmt: skip
-    dtype = DTYPES[options.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+        f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, {recipe.dtype}, seeds {', '.join(map(str, seeds))}")  # fmt: skip
     try:
         for seed in seeds:
             for name in chosen:
                 path, label = out / f"{name}-seed{seed}.json", f"{name} seed {seed}"
-                if finished(path, recipe):
+                if path.exists():
                     say(f"  {label}: kept")
                     continue
                 started = time.perf_counter()
                 training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
                 model, tokenizer = load_run(folder, device, recipe.dropout, options.untrained, seed)
-                model.autocast_dtype = dtype
+                if kind == "bert" and recipe.max_length > model.config.max_length:
+                    raise UserError(f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} tokens")
+                model.autocast_dtype = DTYPES[recipe.dtype]
                 torch.manual_seed(seed)  # of the classifier
                 learner = KINDS[kind](model, tokenizer, suite.TASKS[name], recipe).to(device)
                 epochs = finetune(learner, suite.TASKS[name], training, evaluated, recipe, seed, device, label)
                 last, seconds = epochs[-1]["scores"], time.perf_counter() - started
                 best = {metric: max(epoch["scores"][metric] for epoch in epochs) for metric in last}
                 write_json(path, {
-                    "suite": options.suite, "task": name, "seed": seed, "untrained": options.untrained, "recipe": dataclasses.asdict(recipe),
+                    "task": name, "seed": seed, "run": shown(folder), "identity": identity,
                     "last": last, "best": best, "epochs": epochs, "training_rows": len(training), "evaluated_rows": sum(map(len, evaluated.values())),
                     "seconds": seconds, "finished": datetime.datetime.now().isoformat(timespec="seconds"), "commit": git_commit(),
                     "device": rst.device_name(device), "torch": torch.__version__,
@@ -352,11 +374,14 @@ def main(arguments=None):
         say("stopped; what is finished is kept, and the same command goes on with the rest")
         raise
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory with --batch={recipe.batch} --max_length={recipe.max_length}") from None
+        raise UserError(f"out of memory with --batch={recipe.batch} --max_length={recipe.max_length}: this device is too small for the recipe") from None
     say("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
-    for name, metrics in tasks.summary(out, suite).items():
-        for metric, scores in metrics.items():
-            say(f"| {name} | {metric} | {tasks.percent(scores['last'])} | {tasks.percent(scores['best'])} |")
+    table, problems = tasks.summary(out, suite)
+    for name, metrics in table.items():
+        for metric, kinds in metrics.items():
+            say(f"| {name} | {metric} | {' | '.join(tasks.percent(kinds[part].values()) for part in ('last', 'best'))} |")
+    for problem in problems:
+        say(problem)
 
 
 if __name__ == "__main__":

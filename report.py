@@ -4,10 +4,10 @@
     python report.py RUN RUN ... --csv=FILE    the same table as CSV
     python report.py runs/ --figures=FOLDER    and figures (pip install matplotlib)
 
-Runs are compared within a setting: model, size, corpus, reference and budget. Within it a row is a method with one set
-of hyper-parameters, and its runs are seeds. A difference to the baseline is the mean over the seeds that both have,
-run by run; without common seeds it is that of the means (Welch). Its 95% interval is Student's, for so few runs.
-What is missing is shown as missing, and runs that are unfinished or damaged are named.
+A table has the runs that may be compared: of one model and size, on the same rows and tokens, under one budget of one
+reference. In it a row is a method with one set of hyper-parameters, and its runs are seeds. A difference to the baseline is
+the mean over the seeds that both have, run by run; with fewer than two of them it is that of the means (Welch). Its 95%
+interval is Student's, for so few runs. What is missing is shown as missing; what is unfinished or damaged is named.
 """
 
 import collections
@@ -24,9 +24,13 @@ import tasks
 from errors import Parser, UserError, exits_on_user_error
 
 MISSING = "–"
-# What makes runs seeds of one experiment differ, or does not touch the result: everything else in config.json is a setting.
-NOT_A_SETTING = {"seed", "device", "dtype", "compile", "micro_batch", "threads", "checkpoint_minutes", "out", "yes", "validations"}
-OF_A_GROUP = ("model", "size", "data", "reference", "budget_hours", "budget_steps", "train_on")
+# Settings that runs must agree in to be compared at all; with the budget, the reference and the corpus as it was prepared.
+COMPARED = ("model", "size", "data", "vocabulary", "row_length", "validation_rows", "holdout", "train_on")
+BUDGET = ("budget_hours", "budget_steps")
+# What two seeds of one experiment may differ in. (Threads count only where hours are plain time, see `family_of`; the
+# precision, compiling and the micro-batch decide how much an hour buys, and are settings like any other.)
+NOT_A_SETTING = {"seed", "device", "threads", "reference", "checkpoint_minutes", "out", "yes", "validations", "options", *COMPARED, *BUDGET}
+NUMBERS = ("validation_loss", "updates", "rows", "charged_seconds", "free_seconds", "cut_seconds", "wall_seconds")
 
 
 @dataclass
@@ -45,17 +49,20 @@ def read(folder):
     config, result, problem = {}, {}, ""
     try:
         config = json.loads((folder / "config.json").read_text())
-        missing = [name for name in (*OF_A_GROUP, "seed", "method", "options") if name not in config]
-        if missing:
-            raise ValueError(f"no {missing[0]} in it")
+        for name in (*COMPARED, *BUDGET, "reference", "seed", "method"):
+            config[name]
+        config["options"] = dict(config["options"] or {})
+        if not isinstance(config["budget_steps"] or config["budget_hours"], (int, float)):
+            raise ValueError("no budget in it")
+    except KeyError as error:
+        return Run(folder, {}, {}, [], f"damaged: config.json (no {error} in it)")
     except (OSError, ValueError, TypeError) as error:
         return Run(folder, {}, {}, [], f"damaged: config.json ({error})")
     try:
         result = json.loads((folder / "result.json").read_text())
-        if not math.isfinite(result["validation_loss"]):
-            raise ValueError(f"a validation loss of {result['validation_loss']}")
-        for name in ("updates", "rows", "charged_seconds", "free_seconds", "cut_seconds", "wall_seconds", "corpus"):
-            result[name]
+        if wrong := [name for name in NUMBERS if not isinstance(result[name], (int, float)) or not math.isfinite(result[name])]:
+            raise ValueError(f"{wrong[0]} is {result[wrong[0]]}")
+        result["corpus"], result["reference"]["probe_seconds"]
     except FileNotFoundError:
         problem = "unfinished"
     except KeyError as error:
@@ -73,7 +80,7 @@ def read_validations(folder, config):
             if '"validation_loss"' in line:
                 record = json.loads(line)
                 spent = record["update"] if config["budget_steps"] else record["spent_seconds"] / 3600
-                points.append([spent, record["validation_loss"]])
+                points.append([float(spent), float(record["validation_loss"])])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # the end of a log that was cut; the final loss is in result.json
     return points
@@ -108,7 +115,7 @@ def difference(ours, baseline):
     """
     ours, baseline = ({seed: statistics.mean(values) for seed, values in runs.items()} for runs in (ours, baseline))
     common = sorted(set(ours) & set(baseline))
-    if common:
+    if len(common) >= 2 or (common and min(len(ours), len(baseline)) < 2):
         differences = [ours[seed] - baseline[seed] for seed in common]
         half = t_95(len(common) - 1) * statistics.stdev(differences) / len(common) ** 0.5 if len(common) > 1 else None
         return statistics.mean(differences), half, f"paired, {len(common)}"
@@ -121,27 +128,33 @@ def difference(ours, baseline):
     return mean, t_95(degrees) * sum(parts) ** 0.5, "unpaired"
 
 
-# -- Rows and groups -----------------------------------------------------------------------------------------
-
-
-def budget_text(plan):
-    return f"{plan['budget_steps']} updates" if plan["budget_steps"] else f"{plan['budget_hours']:g} h"
+# -- Rows and tables -----------------------------------------------------------------------------------------
 
 
 def settings_of(run):
-    """Everything that a person can set and that decides the result, but not the group and the seed."""
-    return {
-        name: value for name, value in (run.config | run.config["options"]).items() if name not in {"options", *NOT_A_SETTING, *OF_A_GROUP}
-    }  # fmt: skip
+    """Everything else that a person can set and that decides a result: {flag: value}."""
+    return {name: value for name, value in (run.config | run.config["options"]).items() if name not in NOT_A_SETTING}
+
+
+def family_of(run):
+    """What runs must agree in to be compared, but for the budget: {name: value}. An unfinished run has no corpus and no probe on
+    record. Where hours are plain time (--reference=this) they are this device's with so many threads, and no other's."""
+    config, result = run.config, run.result
+    family = {name: config[name] for name in COMPARED} | {"reference": Path(config["reference"]).stem}
+    if result:
+        probe_seconds = result["reference"]["probe_seconds"]
+        family |= {"corpus": result["corpus"], "probe_seconds": probe_seconds}
+        if config["budget_hours"] and not probe_seconds:
+            family |= {name: result.get(name) for name in ("device", "threads", "processes")}
+    return family
 
 
 @dataclass
 class Row:
-    """One experiment: a method with its settings, in one group; `runs` are its finished ones."""
+    """One experiment: a method with its settings, in one table; `runs` are its finished ones."""
 
     label: str  # the method, and the settings that tell it from its other rows
-    plan: dict  # the values of OF_A_GROUP
-    family: str  # the group without its budget
+    settings: dict
     runs: list
 
     def losses(self):
@@ -152,94 +165,135 @@ class Row:
         return found
 
     def mean_loss(self):
-        """The mean over seeds; a seed that ran twice counts once."""
-        return statistics.mean(statistics.mean(values) for values in self.losses().values())
+        """The mean over seeds, one that ran twice counts once; None without a run."""
+        return statistics.mean(statistics.mean(values) for values in self.losses().values()) if self.runs else None
 
 
-def family_of(run):
-    """What runs must agree in, but for the budget: (text for people, identity).
+@dataclass
+class Table:
+    """Runs of one family under one budget, a row an experiment: the baseline first, then by mean loss."""
 
-    Of a finished run the identity has the preparation of the corpus and the reference's own probe times; and the device
-    where hours are plain time (--reference=this), which other machines' hours are not.
-    """
-    config, result = run.config, run.result
-    text = f"{config['model']}-{config['size']} on {config['data']}"
-    if config["train_on"] != "training":
-        text += f", trained on the {config['train_on']}"
-    probe_seconds = result.get("reference", {}).get("probe_seconds")
-    plain_time = bool(config["budget_hours"]) and not probe_seconds
-    return text, json.dumps([text, Path(config["reference"]).stem, result.get("corpus"), probe_seconds, plain_time and result.get("device")])
+    family: str  # for people: tables of one family differ in their budgets only
+    budget: tuple  # (hours, None) or (None, updates)
+    reference: str
+    rows: list
+
+    @property
+    def title(self):
+        hours, updates = self.budget
+        return f"{self.family}, {f'{updates} updates' if updates else f'{hours:g} h of {self.reference}'}"
+
+    @property
+    def baseline(self):
+        return next((row for row in self.rows if row.label == "baseline" and row.runs), None)
 
 
-def rows_of(runs):
-    """{group: [Row]}: the baseline first, then by mean loss; experiments without a finished run last. A group is a family and a
-    budget; an unfinished run, of which corpus and reference are not on record, stands with the first family of its name."""
-    texts, experiments = {}, collections.defaultdict(lambda: collections.defaultdict(list))
+def labels_of(runs):
+    """{settings as JSON: label} of a family's experiments. In each method one goes by the method's name alone: the one with the
+    most finished runs at all budgets, of several the one with the lowest loss."""
+    found = collections.defaultdict(list)
+    for run in runs:
+        found[json.dumps(settings_of(run), sort_keys=True)].append(run)
+    labels = {}
+    for method in {run.config["method"] for run in runs}:
+        mine = {text: [run.result["validation_loss"] for run in members if run.result] for text, members in found.items() if members[0].config["method"] == method}
+        plain_text = min(mine, key=lambda text: (-len(mine[text]), min(mine[text], default=math.inf), text))
+        plain = json.loads(plain_text)
+        for text in mine:
+            own = json.loads(text)
+            telling = [name for name in sorted(own.keys() | plain.keys()) if own.get(name) != plain.get(name)]
+            labels[text] = " ".join([method, *(f"{name}={own.get(name)}" for name in telling)])
+    return labels
+
+
+def tables_of(runs):
+    """The `Table`s of all runs whose configuration can be read. An unfinished run stands with the first family that agrees with it
+    in what is on record."""
+    families = []  # [family, its runs]
     for run in sorted((run for run in runs if run.config), key=lambda run: not run.result):
-        text, identity = family_of(run)
-        if not run.result:
-            identity = next((other for other, known in texts.items() if known == text), identity)
-        texts[identity] = text
-        plan = {name: run.config[name] for name in OF_A_GROUP}
-        experiments[identity, budget_text(plan), json.dumps(plan)][json.dumps(settings_of(run), sort_keys=True)].append(run)
-    tables = {}
-    for (identity, budget, plan), found in sorted(experiments.items(), key=lambda item: (texts[item[0][0]], list(texts).index(item[0][0]), len(item[0][1]), item[0][1])):
-        plan, twins = json.loads(plan), [other for other, known in texts.items() if known == texts[identity]]
-        family = texts[identity] + (f" ({twins.index(identity) + 1} of {len(twins)} corpora or references)" if len(twins) > 1 else "")
-        settings, rows = [json.loads(text) for text in found], []
-        for own, members in zip(settings, found.values()):
-            others = [(sum(bool(run.result) for run in runs_of), other) for other, runs_of in zip(settings, found.values()) if other["method"] == own["method"]]
-            plain = max(others, key=lambda pair: pair[0])[1]  # the one with the most runs goes by the method's name alone
-            telling = [name for name in own if own[name] != plain.get(name)]
-            label = " ".join([own["method"], *(f"{name}={own[name]}" for name in telling)])
-            rows.append(Row(label, plan, f"{family}, {Path(plan['reference']).stem}", [run for run in members if run.result]))
-        rows.sort(key=lambda row: (row.label != "baseline", not row.runs, row.mean_loss() if row.runs else 0.0))
-        tables[f"{family}, {budget}{' of ' + Path(plan['reference']).stem if plan['budget_hours'] else ''}"] = rows
-    return tables
+        family = family_of(run)
+        place = next((entry for entry in families if (entry[0] == family if run.result else family.items() <= entry[0].items())), None)
+        if place:
+            place[1].append(run)
+        else:
+            families.append((family, [run]))
+    tables = []
+    for family, members in families:
+        alike = [other for other, _ in families if all(other[name] == family[name] for name in ("model", "size", "data"))]
+        telling = [name for name in family if name not in ("model", "size", "data") and any(other.get(name) != family[name] for other in alike)]
+        name = ", ".join([f"{family['model']}-{family['size']} on {family['data']}", *(f"{part} {short(family[part])}" for part in telling)])
+        labels, budgets = labels_of(members), collections.defaultdict(lambda: collections.defaultdict(list))
+        for run in members:
+            budgets[tuple(run.config[part] for part in BUDGET)][json.dumps(settings_of(run), sort_keys=True)].append(run)
+        for budget, experiments in budgets.items():
+            rows = [Row(labels[text], json.loads(text), [run for run in own if run.result]) for text, own in experiments.items()]
+            rows.sort(key=lambda row: (row.label != "baseline", not row.runs, row.mean_loss() or 0.0, row.label))
+            tables.append(Table(name, budget, family["reference"], rows))
+    return sorted(tables, key=lambda table: (table.family, table.budget[1] or 0, table.budget[0] or 0))
+
+
+def short(value):
+    """A value of a family for a title; a checksum's first digits."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {seconds:.4g}" for name, seconds in value.items()) or MISSING
+    return str(value)[:8] if re.fullmatch(r"[0-9a-f]{32,}", str(value)) else value
 
 
 # -- Downstream scores ---------------------------------------------------------------------------------------
 
 
 def downstream(run):
-    """({(folder, task, metric): {"last": [scores], "best": [scores]}}, problem) of what finetune.py left in a run's folder."""
-    scores, problem = {}, ""
-    for folder in sorted(path for path in (run.folder / "finetuned").glob("*") if path.is_dir()):
-        try:
-            for task, metrics in tasks.summary(folder, tasks.find(folder.name.removesuffix("-untrained"))).items():
-                scores |= {(folder.name, task, metric): kinds for metric, kinds in metrics.items()}
-        except UserError as error:
-            problem = f"damaged: {error}"
-    return scores, problem
+    """({(folder, task, metric): {"last": mean over the fine-tuning seeds, "best": ...}}, problems) of what finetune.py left in a
+    run's folder."""
+    scores, problems = {}, []
+    for folder in sorted(path for path in (run.folder / "finetuned").glob("*") if path.name.removesuffix("-untrained") in tasks.suites()):
+        table, its_problems = tasks.summary(folder, tasks.find(folder.name.removesuffix("-untrained")))
+        problems += its_problems
+        for task, metrics in table.items():
+            scores |= {(folder.name, task, metric): {kind: statistics.mean(seeds.values()) for kind, seeds in kinds.items()} for metric, kinds in metrics.items()}
+    return scores, problems
+
+
+def scores_of(row):
+    """{(folder, task, metric): {"last": [score of each run], "best": [...]}} of a row's runs."""
+    found = collections.defaultdict(lambda: {"last": [], "best": []})
+    for run in row.runs:
+        for place, kinds in downstream(run)[0].items():
+            for kind, score in kinds.items():
+                found[place][kind].append(score)
+    return found
 
 
 # -- Tables --------------------------------------------------------------------------------------------------
 
 COLUMNS = [
-    "model", "size", "data", "reference", "budget", "method", "n", "validation_loss", "standard_deviation", "difference", "interval_95", "how",
-    "speed_up", "updates", "rows", "charged_hours", "free_hours", "wall_hours", "cut_share",
+    "group", "model", "size", "data", "train_on", "reference", "budget_hours", "budget_steps", "method", "n", "validation_loss", "standard_deviation", "difference",
+    "interval_95", "how", "speed_up", "updates", "rows", "charged_hours", "free_hours", "wall_hours", "cut_share", "settings",
 ]  # fmt: skip
 
 
-def record_of(row, baseline, points):
-    """A row of the table as {column: value}, None where it is missing. `points`: the baseline's (budget, final loss)."""
-    losses, plan = row.losses(), row.plan
-    means = [statistics.mean(values) for values in losses.values()]
-    record = dict.fromkeys(COLUMNS) | {name: plan[name] for name in ("model", "size", "data", "reference")}
-    record |= {"budget": budget_text(plan), "method": row.label, "n": len(means)}
+def record_of(row, table, points):
+    """A row of a table as {column: value}, None where it is missing. `points`: the baseline's (budget hours, final loss) at all
+    budgets of the family."""
+    means = [statistics.mean(values) for values in row.losses().values()]
+    record = dict.fromkeys(COLUMNS) | {"group": table.title, "reference": table.reference, "method": row.label, "n": len(means), "settings": json.dumps(row.settings)}
+    record |= dict(zip(BUDGET, table.budget))
     if not means:
         return record
-    record |= {"validation_loss": statistics.mean(means), "standard_deviation": statistics.stdev(means) if len(means) > 1 else None}
-    if baseline and baseline is not row and baseline.runs:
-        record["difference"], record["interval_95"], record["how"] = difference(losses, baseline.losses())
-    if row.plan["budget_hours"]:
-        record["speed_up"] = speed_up(points, record["validation_loss"], row.plan["budget_hours"])
+    record |= {name: row.runs[0].config[name] for name in ("model", "size", "data", "train_on")}
+    record |= {"validation_loss": row.mean_loss(), "standard_deviation": statistics.stdev(means) if len(means) > 1 else None}
+    if table.baseline and row is not table.baseline:
+        record["difference"], record["interval_95"], record["how"] = difference(row.losses(), table.baseline.losses())
+    if table.budget[0]:
+        record["speed_up"] = speed_up(points, record["validation_loss"], table.budget[0])
     for name, value in (
         ("updates", lambda result: result["updates"]), ("rows", lambda result: result["rows"]), ("charged_hours", lambda result: result["charged_seconds"] / 3600),
         ("free_hours", lambda result: result["free_seconds"] / 3600), ("wall_hours", lambda result: result["wall_seconds"] / 3600),
         ("cut_share", lambda result: result["cut_seconds"] / max(result["charged_seconds"], 1e-9)),
     ):  # fmt: skip
         record[name] = statistics.mean(value(run.result) for run in row.runs)
+    for place, kinds in scores_of(row).items():
+        record |= {" ".join([*place, kind]): statistics.mean(scores) for kind, scores in kinds.items()}
     return record
 
 
@@ -283,28 +337,37 @@ def markdown(records):
 
 
 def downstream_markdown(rows):
-    """Scores after the last epoch (and the best one) by task, over all runs and fine-tuning seeds; "" if there are none."""
-    found = {row.label: collections.defaultdict(lambda: {"last": [], "best": []}) for row in rows}
-    for row in rows:
-        for run in row.runs:
-            for place, kinds in downstream(run)[0].items():
-                for kind, scores in kinds.items():
-                    found[row.label][place][kind] += scores
-    places = sorted({place for scores in found.values() for place in scores})
+    """Scores after the last epoch, and the best one, by task: over a row's runs, each the mean of its fine-tuning seeds; "" if
+    there are none."""
+    found = [(row.label, scores_of(row)) for row in rows]
+    places = sorted({place for _, scores in found for place in scores})
     if not places:
         return ""
     lines = ["| method | " + " | ".join(" ".join(place) for place in places) + " |", "|---" * (len(places) + 1) + "|"]
-    for label, scores in found.items():
+    for label, scores in found:
         cells = [f"{tasks.percent(scores[place]['last'])}, best {tasks.percent(scores[place]['best'])}" if place in scores else MISSING for place in places]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def recipes_of(rows):
+    """The fine-tuning recipes that the rows' scores were made with, by folder: {folder name: [recipe]}."""
+    found = collections.defaultdict(list)
+    for path in (path for row in rows for run in row.runs for path in sorted((run.folder / "finetuned").glob("*/*-seed*.json"))):
+        try:
+            recipe = {name: value for name, value in json.loads(path.read_text())["identity"].items() if name != "weights"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # named among the problems
+        if recipe not in found[path.parent.name]:
+            found[path.parent.name].append(recipe)
+    return found
+
+
 # -- Figures -------------------------------------------------------------------------------------------------
 
 
-def draw(tables, families, folder):
-    """Writes the figures; returns their paths."""
+def draw(tables, points, folder):
+    """Writes the figures; returns their paths. `points`: {family: {label: [(budget hours, final loss)]}}."""
     try:
         import matplotlib
     except ImportError:
@@ -321,9 +384,9 @@ def draw(tables, families, folder):
         pyplot.close(figure)
         paths.append(path)
 
-    for name, rows in tables.items():
+    for table in tables:
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for row in rows:
+        for row in table.rows:
             curves = [run.validations for run in row.runs if run.validations]
             if curves and len({len(curve) for curve in curves}) == 1:  # all were validated as often
                 places = list(zip(*curves))
@@ -334,31 +397,32 @@ def draw(tables, families, folder):
             else:
                 for curve in curves:
                     axes.plot(*zip(*curve), marker="o", markersize=3, label=row.label)
-        axes.set(title=name, ylabel="validation loss (nats); band: all seeds")
-        axes.set_xlabel("updates" if rows[0].plan["budget_steps"] else f"hours of {Path(rows[0].plan['reference']).stem}")
+        axes.set(title=table.title, ylabel="validation loss (nats); band: all seeds", xlabel="updates" if table.budget[1] else f"hours of {table.reference}")
         if axes.lines:
             axes.legend(fontsize=8)
-            save(figure, "loss-" + file_name(name))
-    for name, by_method in families.items():
-        if max(len(points) for points in by_method.values()) < 2:
+            save(figure, "loss-" + file_name(table.title))
+    for family, by_method in points.items():
+        if max(map(len, by_method.values())) < 2:
             continue
+        title = f"{family}, hours of {next(table.reference for table in tables if table.family == family)}"
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for label, points in by_method.items():
-            axes.plot(*zip(*points), marker="o", label=label)
-        axes.set(title=name, xscale="log", xlabel="budget, hours of the reference", ylabel="final validation loss (nats)")
+        for label, own in by_method.items():
+            axes.plot(*zip(*own), marker="o", label=label)
+        axes.set(title=title, xscale="log", xlabel="budget, hours of the reference", ylabel="final validation loss (nats)")
         axes.legend(fontsize=8)
-        save(figure, "budgets-" + file_name(name))
-        baseline = by_method.get("baseline", [])
+        save(figure, "budgets-" + file_name(title))
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for label, points in by_method.items():
-            speeds = [(hours, speed_up(baseline, loss, hours)) for hours, loss in points]
+        for label, own in by_method.items():
+            speeds = [(hours, speed_up(by_method.get("baseline", []), loss, hours)) for hours, loss in own]
             if known := [point for point in speeds if isinstance(point[1], float)]:  # inside the baseline's budgets
                 axes.plot(*zip(*known), marker="o", label=label)
-        axes.axhline(1.0, color="black", linewidth=0.5)
-        axes.set(title=name, xscale="log", xlabel="budget, hours of the reference", ylabel="baseline's budget for the same loss / budget")
-        if len(axes.lines) > 1:
+        if axes.lines:
+            axes.axhline(1.0, color="black", linewidth=0.5)
+            axes.set(title=title, xscale="log", xlabel="budget, hours of the reference", ylabel="baseline's budget for the same loss / budget")
             axes.legend(fontsize=8)
-            save(figure, "speed-up-" + file_name(name))
+            save(figure, "speed-up-" + file_name(title))
+        else:
+            pyplot.close(figure)
     return paths
 
 
@@ -377,38 +441,38 @@ def main(arguments=None):
     parser.add_argument("--figures", metavar="FOLDER", help="draw figures into it (SVG)")
     options = parser.parse_args(arguments)
     runs = find_runs(options.runs)
-    tables = rows_of(runs)
-    families, records = collections.defaultdict(dict), []
-    for rows in tables.values():
-        for row in rows:
-            if row.runs and row.plan["budget_hours"]:
-                families[row.family].setdefault(row.label, []).append((row.plan["budget_hours"], row.mean_loss()))
-    for by_method in families.values():
-        for points in by_method.values():
-            points.sort()
-    for name, rows in tables.items():
-        baseline = next((row for row in rows if row.label == "baseline"), None)
-        here = [record_of(row, baseline, families.get(row.family, {}).get("baseline", [])) for row in rows]
+    tables = tables_of(runs)
+    points, records = {}, []
+    for table in tables:
+        for row in table.rows:
+            if row.runs and table.budget[0]:
+                points.setdefault(table.family, {}).setdefault(row.label, []).append((table.budget[0], row.mean_loss()))
+    for table in tables:
+        here = [record_of(row, table, points.get(table.family, {}).get("baseline", [])) for row in table.rows]
         records += here
-        print(f"## {name}\n\n{markdown(here)}\n")
-        if scores := downstream_markdown(rows):
-            print(f"Fine-tuned, in percent, mean ± standard deviation (n):\n\n{scores}\n")
-        finished = [run.result for row in rows for run in row.runs]
-        for title, what in (("commits", "commit"), ("devices", "device"), ("threads", "threads")):
+        print(f"## {table.title}\n\n{markdown(here)}\n")
+        if table.baseline:
+            print(f"baseline: {', '.join(f'{name} {value}' for name, value in table.baseline.settings.items() if name != 'method')}")
+        finished = [run.result for row in table.rows for run in row.runs]
+        for title, what in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
             print(f"{title}: {', '.join(sorted({str(result.get(what) or MISSING) for result in finished})) or MISSING}")
+        if scores := downstream_markdown(table.rows):
+            print(f"\nFine-tuned, in percent, mean ± standard deviation (runs):\n\n{scores}\n")
+            for folder, recipes in recipes_of(table.rows).items():
+                print(f"{folder}: " + ("recipes differ, do not compare these scores: " if len(recipes) > 1 else "") + "; ".join(json.dumps(recipe) for recipe in recipes))
         print()
-    problems = [(run.folder, run.problem or downstream(run)[1]) for run in runs]
-    for folder, problem in problems:
-        if problem:
-            print(f"{folder}: {problem}")
+    for run in runs:
+        for problem in [run.problem, *downstream(run)[1]]:
+            if problem:
+                print(f"{run.folder}: {problem}")
     if options.csv:
         with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, [*COLUMNS, *sorted({name for record in records for name in record} - set(COLUMNS))])
             writer.writeheader()
             writer.writerows(records)
         print(f"written: {options.csv}")
     if options.figures:
-        for path in draw(tables, families, Path(options.figures)):
+        for path in draw(tables, points, Path(options.figures)):
             print(f"drawn: {path}")
 
 

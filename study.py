@@ -4,7 +4,8 @@
 
 All other flags are train.py's and go to every run (--size=small, --threads=1, an option of a method that all of them have). What is
 finished is kept and what was interrupted is resumed, so the same command goes on after a Ctrl-C, a crash or a reboot, and can
-be given more seeds later. On several devices: --launch='torchrun --nproc_per_node=8'. Then: python report.py runs/
+be given more seeds later. A run that fails is named at the end; the others go on. On several devices:
+--launch='torchrun --nproc_per_node=8'. Then: python report.py runs/
 """
 
 import itertools
@@ -16,6 +17,28 @@ import sys
 import train
 from errors import Parser, UserError, exits_on_user_error
 
+AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed": "seeds"}
+
+
+def plans(options, flags):
+    """[(flags, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
+    found, corpora = [], set()
+    axes = (getattr(options, name).split(",") for name in ("seeds", "budgets", "models", "methods"))
+    for seed, budget, model, method in itertools.product(*axes):
+        own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}", f"--seed={seed}"]
+        typed, resumed = train.parse([f"--method={method}", *flags])
+        if resumed or "out" in typed or "budget_steps" in typed:
+            raise UserError("--resume, --out and --budget_steps are single runs' flags; a study finds its runs by their plans, and counts hours")
+        for name, plural in AXES.items():
+            if name in typed and not (name == "method" and typed[name] == method):
+                raise UserError(f"--{name}={typed[name]}: a study has --{plural}, joined by commas")
+        config = train.resolve(train.parse([*own, *flags])[0])
+        if (corpus := (config.model, config.data, config.vocabulary)) not in corpora:
+            train.open_corpus(config)
+            corpora.add(corpus)
+        found.append(([*own, *flags], config))
+    return found
+
 
 @exits_on_user_error
 def main(arguments=None):
@@ -24,25 +47,32 @@ def main(arguments=None):
     parser.add_argument("--methods", default="baseline", help="joined by commas (baseline)")
     parser.add_argument("--budgets", default="0.05", help="hours of the reference, joined by commas (0.05)")
     parser.add_argument("--seeds", default="0,1,2", help="joined by commas (0,1,2)")
-    parser.add_argument("--launch", default=sys.executable, help="what starts train.py (this Python)")
+    parser.add_argument("--launch", help="what starts train.py (this Python)")
     options, flags = parser.parse_known_args(arguments)
-    plans = []
-    for seed, budget, model, method in itertools.product(*(text.split(",") for text in (options.seeds, options.budgets, options.models, options.methods))):
-        own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}", f"--seed={seed}", *flags]
-        typed, resumed = train.parse(own)
-        if resumed or "out" in typed:
-            raise UserError("--resume and --out are single runs' flags; a study finds its runs by their plans")
-        plans.append((own, train.resolve(typed)))  # a wrong flag is named before the first run starts
-    for number, (own, config) in enumerate(plans, 1):
+    launch, run, stopped, failed = shlex.split(options.launch) if options.launch else [sys.executable], None, [], []
+
+    def stop(number, frame):
+        """The run saves and exits: Ctrl-C reaches it by itself, a SIGTERM is passed on."""
+        stopped.append(number)
+        if number == signal.SIGTERM and run:
+            run.terminate()
+
+    todo = plans(options, flags)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    for number, (own, config) in enumerate(todo, 1):
         folder, state = train.find_run(config)
-        print(f"[{number} of {len(plans)}] {train.shown(folder)}: {state}", flush=True)
+        print(f"[{number} of {len(todo)}] {train.shown(folder)}: {state}", flush=True)
         if state != "finished":
             this = [f"--resume={train.shown(folder)}"] if state == "interrupted" else [*own, f"--out={train.shown(folder)}"]
-            run = subprocess.Popen([*shlex.split(options.launch), train.shown(train.ROOT / "train.py"), *this])
-            signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run itself, which saves and exits
-            signal.signal(signal.SIGTERM, lambda *_: run.terminate())
-            if status := run.wait():
-                raise SystemExit(status if status > 0 else 128 - status)
+            run = subprocess.Popen([*launch, train.shown(train.ROOT / "train.py"), *this])
+            status, run = run.wait(), None
+            if stopped:
+                raise SystemExit(128 + stopped[0])
+            if status:
+                failed.append(f"{train.shown(folder)} (exit status {status})")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1882,17 +1883,20 @@ def test_metrics_are_those_of_scikit_learn_and_scipy():
 
 
 def test_rouge_is_the_longest_common_subsequence_of_stems():
+    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
 
-    def literal(text, reference):  # Lin 2004, over words that no stemmer changes
-        a, b = text.split(), reference.split()
+    stem = PorterStemmer().stem
+
+    def literal(text, reference):  # Lin 2004, over stems
+        a, b = ([stem(word) if len(word) > 3 else word for word in words.lower().split()] for words in (text, reference))
         table = np.zeros((len(a) + 1, len(b) + 1), int)
         for i, j in itertools.product(range(len(a)), range(len(b))):
             table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
         return 2 * table[-1, -1] / (len(a) + len(b)) if table[-1, -1] else 0.0
 
     generator, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
-    texts = [" ".join(generator.choices("cat dog sun sky red blue".split(), k=generator.randint(0, 8))) for _ in range(2000)]
+    texts = [" ".join(generator.choices("cat Cats dogs dog running runs happily happy".split(), k=generator.randint(0, 8))) for _ in range(2000)]
     for text, reference in zip(texts[::2], texts[1::2]):
         score = metrics.rouge_l([text], [[reference]])
         assert score == pytest.approx(literal(text, reference)) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure)
@@ -1906,7 +1910,7 @@ def glue_files(folder):
     """All GLUE tasks in their published layout, eight examples each; returns their folder."""
 
     def write(task, name, header, row, labels, ending="\n", start=""):
-        rows = [row.format(a=SENTENCES[n % 4], b=SENTENCES[(n + 1) % 4], y=labels[n % len(labels)], n=n) for n in range(8)]
+        rows = [row.format(a=f"{name[:-4]} {SENTENCES[n % 4]}", b=SENTENCES[(n + 1) % 4], y=labels[n % len(labels)], n=n) for n in range(8)]
         (folder / task).mkdir(parents=True, exist_ok=True)
         text = ending.join([*([header.replace(" ", "\t")] if header else []), *(row.replace("|", "\t") for row in rows)]) + ending
         (folder / task / name).write_bytes((start + text).encode())
@@ -1933,19 +1937,19 @@ def glue_files(folder):
 def superglue_files(folder):
     a, b, c, _ = SENTENCES
     examples = {
-        "BoolQ": lambda n: {"question": a, "passage": b * 40, "label": n % 2 == 0},
-        "CB": lambda n: {"premise": a, "hypothesis": b, "label": ["entailment", "contradiction", "neutral"][n % 3]},
-        "COPA": lambda n: {"premise": a, "choice1": b, "choice2": c, "question": "cause", "label": n % 2},
-        "MultiRC": lambda n: {"passage": {"text": a * 30, "questions": [
+        "BoolQ": lambda n: {"question": part, "passage": b * 40, "label": n % 2 == 0},
+        "CB": lambda n: {"premise": part, "hypothesis": b, "label": ["entailment", "contradiction", "neutral"][n % 3]},
+        "COPA": lambda n: {"premise": part, "choice1": b, "choice2": c, "question": "cause", "label": n % 2},
+        "MultiRC": lambda n: {"passage": {"text": part + a * 30, "questions": [
             {"idx": 2 * n + q, "question": b, "answers": [{"idx": i, "text": c, "label": (n + i) % 2} for i in range(2)]} for q in range(2)
         ]}},
-        "RTE": lambda n: {"premise": a, "hypothesis": b, "label": ["entailment", "not_entailment"][n % 2]},
-        "WiC": lambda n: {"word": "dog", "sentence1": a, "sentence2": b, "start1": 0, "label": n % 2 == 0},
-        "WSC": lambda n: {"text": a, "target": {"span1_text": "cat", "span1_index": 1, "span2_text": "here", "span2_index": 3}, "label": n % 2 == 1},
+        "RTE": lambda n: {"premise": part, "hypothesis": b, "label": ["entailment", "not_entailment"][n % 2]},
+        "WiC": lambda n: {"word": part, "sentence1": a, "sentence2": b, "start1": 0, "label": n % 2 == 0},
+        "WSC": lambda n: {"text": part, "target": {"span1_text": "cat", "span1_index": 1, "span2_text": "here", "span2_index": 3}, "label": n % 2 == 1},
     }  # fmt: skip
     for task, example in examples.items():
         (folder / task).mkdir(parents=True)
-        for part in ("train", "val"):
+        for part in ("train", "val"):  # which the examples above read
             (folder / task / f"{part}.jsonl").write_text("".join(json.dumps({"idx": n} | example(n)) + "\n" for n in range(8)))
     return folder
 
@@ -2018,10 +2022,14 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
     if suite != "sni":
         results = {(name, seed): json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text()) for name in module.TASKS for seed in (0, 1)}
         expected = [np.mean([results[name, seed]["last"][metric] for name, metric in module.AVERAGED]) for seed in (0, 1)]
-        assert tasks.summary(tmp_path / "out", module)["all"]["score"]["last"] == pytest.approx(expected)
-    with pytest.raises(SystemExit):
-        finetune.main([*flags, "--lr=1"])
-    assert "is of another recipe: its lr is" in capsys.readouterr().err
+        assert list(tasks.summary(tmp_path / "out", module)[0]["all"]["score"]["last"].values()) == pytest.approx(expected)
+        third = list(module.TASKS)[2]  # trained alone it scores the same: nothing is left over from the tasks before it
+        finetune.main([*flags, f"--task={third}", f"--out={tmp_path / 'alone'}", "--seeds=1"])
+        assert json.loads((tmp_path / "alone" / f"{third}-seed1.json").read_text())["epochs"] == results[third, 1]["epochs"]
+    for changed, message in (["--lr=1"], "its lr is"), (["--untrained"], "its untrained is False, now it is True"):
+        with pytest.raises(SystemExit):
+            finetune.main([*flags, *changed])
+        assert f"is of another recipe or model: {message}" in capsys.readouterr().err
 
 
 def test_glue_reads_what_is_published(tmp_path, capsys):
@@ -2029,8 +2037,8 @@ def test_glue_reads_what_is_published(tmp_path, capsys):
     for name, task in glue.TASKS.items():
         training, evaluated = glue.load(name, data)
         assert len(training) == 8 and list(evaluated) == (["", "_mismatched"] if name == "mnli" else [""])
-        texts = (SENTENCES[0],) if len(task.texts) == 1 else (SENTENCES[0], SENTENCES[1])
-        assert training[0].texts == texts  # quotation marks as they are
+        for file, rows in [("train", training), *zip(["dev_matched", "dev_mismatched"] if name == "mnli" else ["dev"], evaluated.values())]:
+            assert rows[0].texts == (f"{file} {SENTENCES[0]}", SENTENCES[1])[: len(task.texts)]  # quotation marks as they are
         assert [row.label for row in training[:3]] == {"mnli": [0, 1, 2], "stsb": [0.0, 2.5, 5.0]}.get(name, [0, 1, 0])
     path = data / "QQP" / "train.tsv"
     path.write_text(path.read_text() + "9\t1\t2\thow\n")
@@ -2040,7 +2048,7 @@ def test_glue_reads_what_is_published(tmp_path, capsys):
         glue.load("qqp", data)
     for task, file, old, new, message in (
         ("cola", "CoLA/dev.tsv", "gj04\t1\t", "gj04\t7\t", r"line 2: the label is '7', expected one of 0, 1"),
-        ("rte", "RTE/train.tsv", "1\ta dog", "a dog", r"line 3: 3 columns, expected 4"),
+        ("rte", "RTE/train.tsv", "1\ttrain a dog", "a dog", r"line 3: 3 columns, expected 4"),
         ("stsb", "STS-B/dev.tsv", "\t2.5\n", "\tmuch\n", r"line 3: the label is 'much', expected a number"),
         ("mnli", "MNLI/dev_mismatched.tsv", "gold_label", "label", r"line 1: no column 'gold_label'"),
     ):
@@ -2057,7 +2065,10 @@ def test_glue_reads_what_is_published(tmp_path, capsys):
 
 def test_superglue_and_sni_name_malformed_lines(tmp_path):
     data = superglue_files(tmp_path / "superglue")
-    assert superglue.load("copa", data)[0][1].texts == (*SENTENCES[:3], "cause")
+    for name in superglue.TASKS:
+        training, evaluated = superglue.load(name, data)
+        assert all(row.texts[0].startswith("train") for row in training) and all(row.texts[0].startswith("val") for row in evaluated[""])
+    assert superglue.load("copa", data)[0][1].texts == ("train", *SENTENCES[1:3], "cause")
     training = superglue.load("multirc", data)[0]
     assert len(training) == 32 and len({row.group for row in training}) == 16 and training[0].texts[1:] == (SENTENCES[1], SENTENCES[2])
     for name, folder, broken, message in (
@@ -2086,6 +2097,17 @@ def test_superglue_and_sni_name_malformed_lines(tmp_path):
             sni.load("sni", data)
 
 
+def test_sni_without_instances_is_a_message(tmp_path):
+    data = sni_files(tmp_path)
+    path = data / "tasks" / "task3_c.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"Instances": []}))
+    with pytest.raises(UserError, match="test_tasks.txt have no instance"):
+        sni.load("sni", data)
+    path.write_text(json.dumps({"Definition": [3], "Positive Examples": [], "Instances": [{"input": "a", "output": "b"}]}))
+    with pytest.raises(UserError, match="task3_c.json, Definition: not in the format"):
+        sni.load("sni", data)
+
+
 def test_snis_prompt_is_the_studys(tmp_path):
     row = sni.load("sni", sni_files(tmp_path))[1][""][1]
     start = "Definition: Tell.\n\n"
@@ -2103,8 +2125,8 @@ def test_a_row_reads_all_its_texts_and_is_cut_at_the_longest(finished_runs):
     short, long = tokenizer.encode("abc de"), tokenizer.encode(words_text(0, 40))
     tokens, label = learner.encode(tasks.Row(("abc de", words_text(0, 40), "abc de"), 1))
     room = 16 - 4 - 2 * len(short)
-    assert tokens == [2, *short, 3, *long[:room], 3, *short, 3] and len(tokens) == 16 and label == 1
-    assert learner.encode(tasks.Row(("abc de",), 1))[0] == [2, *short, 3]
+    assert tokens.tolist() == [2, *short, 3, *long[:room], 3, *short, 3] and len(tokens) == 16 and label == 1
+    assert learner.encode(tasks.Row(("abc de",), 1))[0].tolist() == [2, *short, 3]
 
 
 def test_fine_tunings_rate_is_that_of_transformers():
@@ -2179,6 +2201,17 @@ def test_a_run_carries_its_tokenizer(finished_runs, corpus_folder, tmp_path):
         assert torch.equal(again.embedding, untrained.embedding) is same
 
 
+def test_untrained_results_have_a_folder_of_their_own(finished_runs, tmp_path, capsys):
+    run, data = shutil.copytree(finished_runs["bert"], tmp_path / "run"), glue_files(tmp_path / "data")
+    flags = [str(run), "--suite=glue", "--task=sst2", f"--data_dir={data}", "--seeds=3", "--epochs=1", "--threads=2"]
+    finetune.main(flags)
+    finetune.main([*flags, "--untrained"])
+    results = [json.loads((run / "finetuned" / name / "sst2-seed3.json").read_text()) for name in ("glue", "glue-untrained")]
+    assert [result["identity"]["untrained"] for result in results] == [False, True] and results[0]["epochs"] != results[1]["epochs"]
+    report.main([str(run)])
+    assert "| method | glue sst2 accuracy | glue-untrained sst2 accuracy |" in capsys.readouterr().out
+
+
 def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monkeypatch):
     t5, _ = finetune.load_run(finished_runs["t5"], "cpu", 0.0, False, 0)
     models.save_transformers(t5, tmp_path / "theirs")
@@ -2195,8 +2228,8 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     files, served = tmp_path / "files", tmp_path / "served"
     served.mkdir()
-    glue_files(files), sni_files(files / "natural-instructions-master")
-    for archive, folder in (("glue/data/SST-2.zip", "SST-2"), ("master.zip", "natural-instructions-master")):
+    glue_files(files), sni_files(files / "natural-instructions-2.8")
+    for archive, folder in (("glue/data/SST-2.zip", "SST-2"), ("v2.8.zip", "natural-instructions-2.8")):
         (served / archive).parent.mkdir(parents=True, exist_ok=True)
         shutil.make_archive(served / archive.removesuffix(".zip"), "zip", files, folder)
     header, *rows = (files / "MRPC" / "train.tsv").read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
@@ -2207,7 +2240,7 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     server = serve(served)
     url = f"http://127.0.0.1:{server.server_port}"
     try:
-        with pytest.raises(UserError, match=r"SST-2.zip: damaged \(its SHA-256 is .* after 5 tries"):
+        with pytest.raises(UserError, match=r"SST-2.zip: damaged \(its SHA-256 is .* after 3 tries.*--data_dir"):
             glue.load("sst2", tmp_path / "data", url)
         digest = lambda path: hashlib.sha256((served / path).read_bytes()).hexdigest()
         monkeypatch.setitem(glue.TASKS, "sst2", dataclasses.replace(glue.TASKS["sst2"], sha256=digest("glue/data/SST-2.zip")))
@@ -2217,14 +2250,19 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
         training, evaluated = glue.load("mrpc", tmp_path / "data", url)
         everything = glue.read(files / "MRPC" / "train.tsv", glue.TASKS["mrpc"])
         assert [everything[0], everything[5]] == evaluated[""] and training == [row for n, row in enumerate(everything) if n not in (0, 5)]
-        assert sni.load("sni", tmp_path / "sni", f"{url}/master.zip") == sni.load("sni", files / "natural-instructions-master")
-        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["MRPC", "SST-2"]
+        assert sni.load("sni", tmp_path / "sni", f"{url}/v2.8.zip") == sni.load("sni", files / "natural-instructions-2.8")
+        assert sni.load("sni", tmp_path / "sni", "no address") == sni.load("sni", files / "natural-instructions-2.8")  # it is there now
+        assert sorted(path.name for folder in ("data", "sni") for path in (tmp_path / folder).iterdir()) == ["MRPC", "SST-2", "natural-instructions"]
+        (tmp_path / "data" / "CB").mkdir()
         with pytest.raises(UserError, match="404"):
             superglue.load("cb", tmp_path / "data", url)
     finally:
         server.shutdown()
         server.server_close()
-    with pytest.raises(UserError, match="CB.zip: .*run the same command again"):
+    with pytest.raises(UserError, match="CB.zip: .*run the same command again.*or put the published files into"):
+        superglue.load("cb", tmp_path / "data", url)
+    (tmp_path / "data" / "CB" / "readme").write_text("")
+    with pytest.raises(UserError, match="has files in it, but no train.jsonl"):
         superglue.load("cb", tmp_path / "data", url)
 
 
@@ -2236,19 +2274,22 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
         (["--suite=sni"], "--suite=sni is for t5;"),
         (["--suite=glue", "--seeds=a"], "expected whole numbers"),
         (["--suite=glue", "--dropout=1"], "a dropout from 0 to below 1"),
-        (["--suite=glue", "--task=rte", "--max_length=600", "--data_dir=GLUE"], "reads at most 512"),
+        (["--suite=glue", "--device=gpu"], "expected cpu, cuda or cuda:NUMBER"),
+        (["--suite=glue", "--threads=-1"], "expected at least 0"),
+        (["--suite=glue", "--task=rte", "--max_length=600", "--data_dir=GLUE"], "--max_length=600: this model reads at most 512 tokens"),
     ],
 )
 def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, flags, message):
     data = glue_files(tmp_path / "data")
-    (data / "RTE" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + f"0\t{words_text(0, 400)}\tb\tentailment\n" * 4)
     with pytest.raises(SystemExit) as stopped:
         finetune.main([str(finished_runs["bert"]), f"--out={tmp_path / 'out'}", *(flag.replace("GLUE", str(data)) for flag in flags)])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
-    unfinished = shutil.copytree(finished_runs["bert"], tmp_path / "unfinished", ignore=shutil.ignore_patterns("model.pt"))
-    with pytest.raises(SystemExit):
-        finetune.main([str(unfinished), "--suite=glue"])
-    assert "is not finished" in capsys.readouterr().err
+    for missing, message in (("model.pt", "its model.pt is missing"), ("*t*", "is not finished; go on with")):
+        run = shutil.copytree(finished_runs["bert"], tmp_path / message, ignore=shutil.ignore_patterns(missing))
+        (run / "config.json").write_bytes((finished_runs["bert"] / "config.json").read_bytes())
+        with pytest.raises(SystemExit):
+            finetune.main([str(run), "--suite=glue"])
+        assert message in capsys.readouterr().err
 
 
 # -- The report and the study ------------------------------------------------------------------------------------
@@ -2279,14 +2320,16 @@ def test_differences_and_intervals_are_scipys():
         paired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {seed: [x] for seed, x in enumerate(theirs)})
         interval = stats.ttest_rel(ours, theirs).confidence_interval()
         assert paired[:2] == pytest.approx([(interval.low + interval.high) / 2, (interval.high - interval.low) / 2], rel=1e-3)
-        unpaired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {100 + seed: [x] for seed, x in enumerate(theirs[:-1])}) if count > 2 else None
-        if unpaired:
-            interval = stats.ttest_ind(ours, theirs[:-1], equal_var=False).confidence_interval()
-            assert unpaired[0] == pytest.approx((interval.low + interval.high) / 2)
-            # The table of t has whole degrees of freedom and rounds down, so that ours is never the narrower one.
-            assert (interval.high - interval.low) / 2 <= unpaired[1] * 1.001
+        if count > 2:
+            unpaired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {100 + seed: [x] for seed, x in enumerate(theirs[:-1])})
+            welch = stats.ttest_ind(ours, theirs[:-1], equal_var=False)
+            interval = welch.confidence_interval()
+            rounded = report.t_95(welch.df) / stats.t.ppf(0.975, welch.df)  # the table of t has whole degrees of freedom, rounded down
+            expected = [(interval.low + interval.high) / 2, rounded * (interval.high - interval.low) / 2]
+            assert unpaired[:2] == pytest.approx(expected, rel=1e-3) and rounded >= 0.999 and unpaired[2] == "unpaired"
     assert report.difference({0: [2.0]}, {0: [1.0]}) == (1.0, None, "paired, 1")
     assert report.difference({0: [2.0, 4.0], 1: [9.0]}, {0: [1.0]}) == (2.0, None, "paired, 1")  # a seed twice is one seed
+    assert report.difference({0: [2.0], 1: [4.0]}, {1: [1.0], 2: [3.0]})[2] == "unpaired"  # one common seed is too few for an interval
     for degrees, value in enumerate(report.T_95, 1):
         assert value == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
 
@@ -2309,6 +2352,11 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     write_run(runs / "lr", [9.0], config={"lr": 0.5})  # another recipe: a row of its own
     write_run(runs / "corpus", [8.0], "stacking", corpus="another")  # another preparation, another reference, updates in place of hours: other tables
     write_run(runs / "machine", [7.0], "stacking", reference={"probe_seconds": {"bert": 2.0}})
+    write_run(runs / "short", [4.5], "stacking", hours=0.5)
+    write_run(runs / "other", [7.0], config={"data": "text2"})
+    write_run(runs / "rows", [7.0], "stacking", config={"data": "text2", "validation_rows": 7})  # another measure
+    write_run(runs / "compiled", [2.5], "stacking", config={"compile": True})  # an hour buys more updates
+    write_run(runs / "path", [2.7], seed=7, config={"reference": "elsewhere/mine.json"})  # the same reference by another path
     write_run(runs / "plain", [7.0], config={"reference": "this"}, reference={"probe_seconds": {}})
     write_run(runs / "steps", [6.0], config={"budget_hours": None, "budget_steps": 5})
     (write_run(runs / "unfinished", [5.0], "lion") / "result.json").unlink()
@@ -2319,28 +2367,32 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     for run, score in (("b0", 0.5), ("b1", 0.7), ("s0", 0.8)):
         out = runs / run / "finetuned" / "glue"
         out.mkdir(parents=True)
-        (out / "rte-seed0.json").write_text(json.dumps({"task": "rte", "seed": 0, "last": {"accuracy": score}, "best": {"accuracy": score + 0.1}}))
+        (out / "rte-seed0.json").write_text(json.dumps({"task": "rte", "seed": 0, "identity": {"weights": run, "lr": 1}, "last": {"accuracy": score}, "best": {"accuracy": score + 0.1}}))
+        (out / "rte-seed1.json").write_text(json.dumps({"task": "rte", "seed": 1, "identity": {"weights": run, "lr": 1 + (run == "s0")}, "last": {"accuracy": score + 0.02}, "best": {"accuracy": score + 0.1}}))
     (runs / "b2-0" / "finetuned" / "glue").mkdir(parents=True)
     (runs / "b2-0" / "finetuned" / "glue" / "rte-seed0.json").write_text("{")
     report.main([str(runs), f"--csv={tmp_path / 'table.csv'}", f"--figures={tmp_path / 'figures'}"])
     output = capsys.readouterr().out
+    start, one = "bert-tiny on text, ", "reference mine, corpus c, probe_seconds bert 1, "
     assert re.findall("^## (.*)", output, re.MULTILINE) == [
-        *(f"bert-tiny on text ({number} of 4 corpora or references), {budget}"
-          for number, budget in ((1, "1 h of mine"), (1, "2 h of mine"), (1, "5 updates"), (2, "1 h of mine"), (3, "1 h of mine"), (4, "1 h of this")))
+        start + "reference mine, corpus another, probe_seconds bert 1, 1 h of mine", start + one + "0.5 h of mine", start + one + "1 h of mine", start + one + "2 h of mine",
+        start + one + "5 updates", start + "reference mine, corpus c, probe_seconds bert 2, 1 h of mine",
+        start + "reference this, corpus c, probe_seconds –, device CPU, threads 2, 1 h of this",
+        "bert-tiny on text2, validation_rows 1000, 1 h of mine", "bert-tiny on text2, validation_rows 7, 1 h of mine",
     ]  # fmt: skip
-    one = output.split("## ")[1]
-    assert "| baseline | 3 | 3.1000 ± 0.1000 | – |" in one and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
+    one = output.split("## ")[3]
+    assert "| baseline | 4 | 3.0000 ± 0.2160 | – |" in one and "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |" in one and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
     assert "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one and "| lion | 0 | – | – | – |" in one
-    assert "| 100 | 800 | 1 | 0.01 | 2 | 0.20% |" in one and "commits: abc" in one
-    assert "| method | glue rte accuracy |" in one and "| baseline | 60.0 ± 14.1 (2), best 70.0 ± 14.1 (2) |" in one and "| stacking | 80.0 (1), best 90.0 (1) |" in one and "| lion | – |" in one
-    for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("b2-0", "damaged: ")):
+    assert "| 100 | 800 | 1 | 0.01 | 2 | 0.20% |" in one and "commits: abc" in one and re.search("^baseline: batch 8, beta1 .*, lr 0.001, ", one, re.MULTILINE)
+    assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2), best 70.0 ± 14.1 (2) |" in one and "| stacking | 81.0 (1), best 90.0 (1) |" in one and "glue: recipes differ" in one and "| lion | – |" in one
+    for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("b2-0", f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged (JSONDecodeError")):
         assert f"{runs / name}: {problem}" in output
     with open(tmp_path / "table.csv") as file:
-            records = [(r["method"], r["budget"], r["n"], r["difference"]) for r in csv.DictReader(file)]
-    assert ("stacking", "1 h", "3") in [record[:3] for record in records if record[3] and float(record[3]) == pytest.approx(-0.2)]
-    assert ("lion", "1 h", "0", "") in records and len(records) == 11
+            records = [(r["method"], r["budget_hours"], r["n"], r["difference"], r["glue rte accuracy last"]) for r in csv.DictReader(file)]
+    assert ("stacking", "1.0", "3", pytest.approx(-0.2), pytest.approx(0.81)) in [(*r[:3], float(r[3]), float(r[4])) for r in records if r[3] and r[4]]
+    assert ("lion", "1.0", "0", "", "") in records and len(records) == 15
     figures = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert len([name for name in figures if name.startswith("loss-")]) == 6 and len(figures) == 8  # and final losses and speed-up by budget
+    assert len([name for name in figures if name.startswith("loss-")]) == 9 and len(figures) == 11  # and final losses and speed-up by budget
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "figures")])
     assert "neither the folder of a run nor a folder with runs" in capsys.readouterr().err
@@ -2368,8 +2420,28 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     assert re.findall(r": (finished|interrupted|new)", first.stdout + second.stdout) == ["new"] * 4 + ["interrupted"] + ["finished"] * 3
     assert sorted((project / "runs").iterdir()) == folders and (folders[0] / "result.json").exists()
     assert all((folder / "result.json").read_bytes() == results[folder] for folder in folders[1:])
-    wrong = command(*flags, "--size=huge", project=project)
-    assert wrong.returncode == 2 and "--size" in wrong.stderr and "[1 of 4]" not in wrong.stdout
+    for flag, message in (("--size=huge", "--size"), ("--method=lion", "a study has --methods"), ("--seed=3", "a study has --seeds"), ("--budget_steps=3", "counts hours"), ("--data=none", "--data=none: not prepared")):
+        wrong = command(*flags, flag, project=project)
+        assert wrong.returncode == 2 and message in wrong.stderr and "[1 of 4]" not in wrong.stdout
+
+
+def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder):
+    flags = ["study.py", "--methods=fails,baseline", "--seeds=0", "--budgets=0.002", *small_run(corpus_folder, "x")]
+    flags = [flag for flag in flags if not flag.startswith("--out")]
+    (project / "methods" / "fails.py").write_text("from errors import UserError\nfrom methods.baseline import Method\n\n\nclass Fails(Method):\n    def next_batch(self):\n        raise UserError('it fails')\n")
+    study = subprocess.Popen([sys.executable, *flags], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = project / "runs" / "bert-tiny-baseline-bert-512-0.002h-this-seed0" / "log.jsonl"
+    for _ in range(1000):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.05)
+    another = command("train.py", f"--resume={log.parent}", project=project)
+    os.killpg(study.pid, signal.SIGINT)  # as a terminal does
+    output, error = study.communicate(timeout=60)
+    assert study.returncode == 130 and "stopped after update" in output and "it fails" in error and not (log.parent / "result.json").exists()
+    assert another.returncode == 2 and "another process is at work on this run" in another.stderr
+    again = command(*flags, project=project)
+    assert again.returncode == 2 and "1 of 2 runs failed: runs/bert-tiny-fails" in again.stderr and (log.parent / "result.json").exists()
 
 
 # -- The house --------------------------------------------------------------------------------------------
@@ -2390,6 +2462,6 @@ def test_every_class_and_place_has_a_docstring():
     for module in (models, rst, train, prepare, corpora, methods, baseline, finetune, tasks, glue, superglue, sni, report):
         for name, value in vars(module).items():
             if isinstance(value, type) and value.__module__ == module.__name__:
-                assert value.__doc__, name
+                assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name  # which dataclass writes itself
     for place in methods.PLACES:
         assert getattr(Method, place).__doc__, place

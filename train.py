@@ -211,16 +211,21 @@ def check(config):
             value = getattr(config, name)
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise UserError(f"--{name}={value}: expected a number {expected}")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
-        raise UserError(f"--device={config.device}: expected cpu, cuda or cuda:NUMBER")
-    gpus = torch.cuda.device_count()
-    if config.device.startswith("cuda") and int(config.device.partition(":")[2] or 0) >= gpus:
-        raise UserError(f"--device={config.device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
+    check_device(config.device)
     for name, option in methods.find(config.method).options.items():
         value = config.options[name]
         if isinstance(value, (int, float)) and not (option.minimum <= value <= option.maximum and math.isfinite(value)):
             raise UserError(f"--{name}={value}: expected a number from {option.minimum:g}" + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else ""))
     rst.find_reference(config.reference)
+
+
+def check_device(device):
+    """Refuses a device that is none, or is not here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
+    gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
+        raise UserError(f"--device={device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
 
 
 def identity(config):
@@ -326,6 +331,18 @@ def flush_denormals():
     """Makes the CPU take numbers below 1e-38 for zero: T5's first softmax gradients are full of them, and they
     double the time of its backward pass. Before the first parallel operation, so that all threads do."""
     torch.set_flush_denormal(True)
+
+
+def lock(file):
+    """Keeps other processes from writing the same file until it is closed, or this process ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # this system has no such locks
+    except OSError:
+        raise UserError(f"{shown(file.name)}: another process is at work on this run") from None
 
 
 class StopSignal:
@@ -470,11 +487,12 @@ def train(config, folder, resume=False):
 
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        log = open(folder / "log.jsonl", "a")
+        lock(log)
+        log.truncate(state.log_bytes)
         shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # with model.pt it is all that fine-tuning needs
         if not resume or not (folder / "config.json").exists():
             write_json(folder / "config.json", dataclasses.asdict(config))
-        log = open(folder / "log.jsonl", "a" if resume else "w")
-        log.truncate(state.log_bytes)
     bar = tqdm(total=1.0, initial=clock.progress, disable=None if is_main() else True, desc=config.method,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
 

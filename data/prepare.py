@@ -396,7 +396,7 @@ def download(url, path, check=check_gzip):
     """
     if path.exists():
         return
-    part, problem = path.with_name(path.name + ".part"), "incomplete"
+    part, problems = path.with_name(path.name + ".part"), []
     for attempt in range(5):
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -427,12 +427,14 @@ def download(url, path, check=check_gzip):
         try:
             check(part)
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            problem = f"damaged ({error})"
-            part.unlink()  # spliced or damaged: from the start again
+            part.unlink()  # spliced or damaged: from the start again, once
+            problems.append(f"damaged ({error})")
+            if len(problems) == 2:
+                break
             continue
         part.rename(path)
         return
-    raise UserError(f"{url}: {problem} after 5 tries; run the same command again")
+    raise UserError(f"{url}: {problems[-1] if problems else 'incomplete'} after {attempt + 1} tries; run the same command again")
 
 
 # -- Encoding --------------------------------------------------------------------------------------------

@@ -8,12 +8,15 @@ A suite is a file `tasks/NAME.py` with
     DEFAULT     the tasks of a run without --task
     AVERAGED    what the suite's score is the mean of: (task, metric) pairs
     URL         where the files are published
-    load(task, data_dir, url, ...)   (training rows, {suffix of the metrics' names: rows to evaluate on})
+    load(task, data_dir, url, seed)  (training rows, {suffix of the metrics' names: rows to evaluate on})
+
+For T5 a task also has `prompt(row, count_tokens, limit)`, the text that is read.
 """
 
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import statistics
 import zipfile
@@ -42,6 +45,7 @@ class Recipe:
     dropout: float = 0.0
     target_length: int = 0  # T5: tokens that a row writes, at most
     evaluate_every_epoch: bool = True  # or only after the last
+    dtype: str = None  # fp32 or bf16; None: bf16 on a GPU, as in pre-training, else fp32
 
 
 @dataclass(frozen=True)
@@ -100,48 +104,70 @@ def check_published(sha256=None):
     return check
 
 
-def fetch_zip(url, folder, sha256=None):
-    """Makes `folder` from the top folder of a published zip file, unless it is there already."""
-    if folder.exists():
+def fetch_zip(url, folder, needed, sha256=None):
+    """Makes `folder` from the top folder of a published zip file, unless it has the file `needed` already."""
+    if (folder / needed).exists():
         return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} has files in it, but no {needed}; it should have them as published, or not be there")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    archive, unpacked = folder.with_name(folder.name + ".zip"), folder.with_name(folder.name + ".tmp")
+    # Names of this process's own: another one may be fetching the same.
+    archive, unpacked = (folder.with_name(f"{folder.name}.{os.getpid()}.{ending}") for ending in ("zip", "tmp"))
     print(f"{folder} is not there; downloading {url}")
-    download(url, archive, check_published(sha256))
-    shutil.rmtree(unpacked, ignore_errors=True)
-    with zipfile.ZipFile(archive) as file:
-        members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
-        file.extractall(unpacked, members)
-    tops = {name.partition("/")[0] for name in members}
-    (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
-    shutil.rmtree(unpacked, ignore_errors=True)
-    archive.unlink()
+    try:
+        fetch(url, archive, folder, sha256)
+        with zipfile.ZipFile(archive) as file:
+            members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
+            file.extractall(unpacked, members)
+        tops = {name.partition("/")[0] for name in members}
+        put(unpacked / tops.pop() if len(tops) == 1 else unpacked, folder)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+        archive.unlink(missing_ok=True)
+
+
+def fetch(url, path, folder, sha256=None):
+    """Downloads a published file and checks it; without a network it says what to do."""
+    try:
+        download(url, path, check_published(sha256))
+    except UserError as error:
+        raise UserError(f"{error}; or put the published files into {folder} yourself (see --data_dir)") from None
+
+
+def put(work, folder):
+    """Renames a folder that is complete; if another process was faster, its folder stands."""
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+    if not folder.exists():
+        work.rename(folder)
 
 
 # -- Results: files TASK-seedS.json, written by finetune.py --------------------------------------------------------
 
 
 def summary(folder, suite):
-    """What the results of a folder say: {task: {metric: {"last": [score of each seed], "best": [...]}}}, and under "all" the
-    suite's own mean for the seeds that have all of it. A file that cannot be read is a UserError."""
-    found = {}
+    """What the results of a folder say: ({task: {metric: {"last": {seed: score}, "best": {seed: score}}}}, problems), and under
+    "all" the suite's own mean for the seeds that have all of it. `problems` names the files that cannot be read."""
+    found, problems = {}, []
     for path in sorted(Path(folder).glob("*-seed*.json")):
         try:
             result = json.loads(path.read_text())
-            for kind in ("last", "best"):
-                for metric, score in result[kind].items():
-                    found.setdefault(result["task"], {}).setdefault(metric, {}).setdefault(kind, {})[result["seed"]] = float(score)
+            scores = [(metric, {kind: float(result[kind][metric]) for kind in ("last", "best")}) for metric in result["last"]]
+            for metric, kinds in scores:
+                for kind, score in kinds.items():
+                    found.setdefault(result["task"], {}).setdefault(metric, {"last": {}, "best": {}})[kind][result["seed"]] = score
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and make it again") from None
+            problems.append(f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again")
     if len(suite.AVERAGED) > 1 and all(metric in found.get(task, {}) for task, metric in suite.AVERAGED):
         columns = {kind: [found[task][metric][kind] for task, metric in suite.AVERAGED] for kind in ("last", "best")}
         seeds = sorted(set.intersection(*map(set, columns["last"])))
         if seeds:
             found["all"] = {"score": {kind: {seed: statistics.mean(column[seed] for column in columns[kind]) for seed in seeds} for kind in columns}}
-    return {task: {metric: {kind: list(seeds.values()) for kind, seeds in kinds.items()} for metric, kinds in metrics.items()} for task, metrics in found.items()}
+    return found, problems
 
 
 def percent(scores):
-    """The mean in percent, the standard deviation over seeds, and their number: "61.2 ± 0.8 (3)"."""
+    """The mean in percent, the standard deviation, and how many there are: "61.2 ± 0.8 (3)"."""
+    scores = list(scores)
     deviation = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{100 * statistics.mean(scores):.1f}{deviation} ({len(scores)})"

@@ -10,11 +10,12 @@ Files: DATA_DIR/CoLA/train.tsv and so on, as published. Quotation marks in them 
 which are left out and counted.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
 
-from data.prepare import download
 from errors import UserError
-from tasks import Recipe, Row, check_published, fetch_zip, lines, of_labels
+from tasks import Recipe, Row, fetch, fetch_zip, lines, of_labels, put
 from tasks.metrics import accuracy, f1, matthews, pearson, spearman
 
 MODEL = "bert"
@@ -76,7 +77,7 @@ def load(name, data_dir, url=URL, seed=0):
     if name == "mrpc":
         fetch_mrpc(folder, url)
     else:
-        fetch_zip(f"{url}/{task.archive}", folder, task.sha256)
+        fetch_zip(f"{url}/{task.archive}", folder, "train.tsv", task.sha256)
     return read(folder / "train.tsv", task), {suffix: read(folder / file, task) for suffix, file in task.evaluated}
 
 
@@ -117,17 +118,20 @@ def label_of(text, task, path, number):
 
 def fetch_mrpc(folder, url):
     """GLUE does not publish MRPC's files but which lines of Microsoft's training file are the dev set."""
-    if folder.exists():
+    if (folder / "train.tsv").exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name("MRPC.tmp")
-    work.mkdir(exist_ok=True)
+    work = folder.with_name(f"MRPC.{os.getpid()}.tmp")
+    work.mkdir()
     print(f"{folder} is not there; downloading {url}/{TASKS['mrpc'].archive}")
-    for name, (address, sha256) in {"all.txt": (TASKS["mrpc"].archive, TASKS["mrpc"].sha256), "ids.tsv": MRPC_DEV_IDS}.items():
-        download(f"{url}/{address}", work / name, check_published(sha256))
-    dev_ids = {tuple(line.split("\t")[:2]) for _, line in lines(work / "ids.tsv")}
-    (_, header), *rest = lines(work / "all.txt")
-    for part in ("train", "dev"):
-        chosen = [line for _, line in rest if (tuple(line.split("\t")[1:3]) in dev_ids) == (part == "dev")]
-        (work / f"{part}.tsv").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
-    work.rename(folder)
+    try:
+        for name, (address, sha256) in {"all.txt": (TASKS["mrpc"].archive, TASKS["mrpc"].sha256), "ids.tsv": MRPC_DEV_IDS}.items():
+            fetch(f"{url}/{address}", work / name, folder, sha256)
+        dev_ids = {tuple(line.split("\t")[:2]) for _, line in lines(work / "ids.tsv")}
+        (_, header), *rest = lines(work / "all.txt")
+        for part in ("train", "dev"):
+            chosen = [line for _, line in rest if (tuple(line.split("\t")[1:3]) in dev_ids) == (part == "dev")]
+            (work / f"{part}.tsv").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
+        put(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -83,7 +83,7 @@ def load(name, data_dir, url=URL, seed=0):
     """(training rows, {"": rows to evaluate on}) of a task; downloads what is missing. The seed changes nothing here."""
     task = TASKS[name]
     folder = data_dir / task.folder
-    fetch_zip(f"{url}/{task.folder}.zip", folder, task.sha256)
+    fetch_zip(f"{url}/{task.folder}.zip", folder, "train.jsonl", task.sha256)
     return read(folder / "train.jsonl", task), {"": read(folder / "val.jsonl", task)}
 
 
