@@ -233,17 +233,24 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=20):
                 mine, beside = ([sys.executable, "train.py", *flags, f"--out={folder}/{name}"] for name in ("mine", "beside"))
                 with open(f"{folder}/messages", "w+") as messages:
                     other = subprocess.Popen([*beside, "--budget_steps=1000000"], cwd=ROOT, stdout=messages, stderr=messages)
-                    process = subprocess.Popen([*mine, f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])], cwd=ROOT, stdout=messages, stderr=messages)
-                    _, status, usage = os.wait4(process.pid, 0)
-                    other.kill()
-                    if status != 0 or other.wait() != -9:
+                    try:
+                        process = subprocess.Popen([*mine, f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])], cwd=ROOT, stdout=messages, stderr=messages)
+                        _, status, usage = os.wait4(process.pid, 0)
+                        ended = other.poll()
+                    finally:
+                        other.kill()
+                        other.wait()
+                    if status != 0 or ended is not None:
                         raise UserError(f"{method} or the baseline beside it failed: {Path(messages.name).read_text()[-500:]}")
                 lines, others = ([json.loads(line) for line in (Path(folder) / name / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")] for name in ("mine", "beside"))
             records[method] = [line for line in lines if "loss" in line]
             local = [statistics.mean(line["charged_seconds"] / line["factor"] for line in run) for run in (records[method], others)]
             ratios.setdefault(method, []).append(local[0] / local[1])
             memory[method] = usage.ru_maxrss / 2**20  # of kB
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // 2))  # as the runs
         constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
+        torch.set_num_threads(threads)
         full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
         rho_options, sophia_options = (train.resolve({"model": model, "size": "small", "device": "cpu", "method": method}).options for method in ("rho", "sophia"))
         scored = {  # rows that are scored for each that is trained on

@@ -268,9 +268,11 @@ def recipe_of(suite, typed):
 
 def identity_of(folder, options, recipe):
     """What all results of one folder have in common: which weights, and how they are fine-tuned."""
-    weights = next(path for path in (folder / name for name in ("model.pt", "model.safetensors", "pytorch_model.bin")) if path.exists())
+    files = [path for path in (folder / name for name in ("model.pt", "model.safetensors", "pytorch_model.bin")) if path.exists()]
+    if not files:
+        raise UserError(f"{folder}: no weights here (model.safetensors or pytorch_model.bin, in one file)")
     recipe = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "seeds"}
-    return {"suite": options.suite, "weights": zlib.crc32(weights.read_bytes()), "untrained": options.untrained} | recipe
+    return {"suite": options.suite, "weights": zlib.crc32(files[0].read_bytes()), "untrained": options.untrained} | recipe
 
 
 def check_results(out, identity):
@@ -284,11 +286,12 @@ def check_results(out, identity):
 
 def kind_of(folder):
     """"bert" or "t5": which model a finished run, or a folder of transformers, holds."""
-    if is_transformers(folder):
-        return "t5"  # load_transformers refuses what is none
-    kind = read_json(folder / "config.json").get("model")
-    if kind not in KINDS:
-        raise UserError(f"{folder}/config.json is neither one of a run nor one of transformers")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", config.get("model"))
+    if is_transformers(folder) and kind == "t5":
+        return kind
+    if is_transformers(folder) or kind not in KINDS:
+        raise UserError(f"{folder}/config.json is neither one of a run nor one of transformers with a T5")
     if not (folder / "model.pt").exists():
         raise UserError(f"{folder}: its model.pt is missing" if (folder / "result.json").exists() else f"{folder} is not finished; go on with: python train.py --resume={folder}")
     return kind

@@ -6,8 +6,8 @@
 
 A table has the runs that may be compared: of one model and size, on the same rows and tokens, under one budget of one
 reference. In it a row is a method with one set of hyper-parameters, and its runs are seeds. A difference to the baseline is
-the mean over the seeds that both have, run by run; with fewer than two of them it is that of the means (Welch). Its 95%
-interval is Student's, for so few runs. What is missing is shown as missing; what is unfinished or damaged is named.
+the mean over the seeds that both have, run by run; with fewer than two of them, where both have two seeds or more, it is that
+of the means (Welch). Its 95% interval is Student's, for so few runs. What is missing is shown as missing; what is unfinished or damaged is named.
 """
 
 import collections
@@ -185,7 +185,9 @@ class Table:
 
     @property
     def baseline(self):
-        return next((row for row in self.rows if row.label == "baseline" and row.runs), None)
+        """The row that the others are compared with: the one called so, or else the baseline's with the most runs here."""
+        rows = [row for row in self.rows if row.settings["method"] == "baseline" and row.runs]
+        return max(rows, key=lambda row: (row.label == "baseline", len(row.runs)), default=None)
 
 
 def labels_of(runs):
@@ -217,11 +219,14 @@ def tables_of(runs):
             place[1].append(run)
         else:
             families.append((family, [run]))
-    tables = []
+    tables, used = [], collections.Counter()
     for family, members in families:
         alike = [other for other, _ in families if all(other[name] == family[name] for name in ("model", "size", "data"))]
         telling = [name for name in family if name not in ("model", "size", "data") and any(other.get(name) != family[name] for other in alike)]
         name = ", ".join([f"{family['model']}-{family['size']} on {family['data']}", *(f"{part} {short(family[part])}" for part in telling)])
+        used[name] += 1
+        if used[name] > 1:  # references that differ in a digit that is not shown
+            name += f" ({used[name]})"
         labels, budgets = labels_of(members), collections.defaultdict(lambda: collections.defaultdict(list))
         for run in members:
             budgets[tuple(run.config[part] for part in BUDGET)][json.dumps(settings_of(run), sort_keys=True)].append(run)
@@ -452,7 +457,7 @@ def main(arguments=None):
         records += here
         print(f"## {table.title}\n\n{markdown(here)}\n")
         if table.baseline:
-            print(f"baseline: {', '.join(f'{name} {value}' for name, value in table.baseline.settings.items() if name != 'method')}")
+            print(f"{table.baseline.label}: {', '.join(f'{name} {value}' for name, value in table.baseline.settings.items() if name != 'method')}")
         finished = [run.result for row in table.rows for run in row.runs]
         for title, what in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
             print(f"{title}: {', '.join(sorted({str(result.get(what) or MISSING) for result in finished})) or MISSING}")

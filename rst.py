@@ -209,6 +209,7 @@ PROBE_SHARE = 0.01  # of the time goes into probing
 OPENING_PROBES = 16  # before the start; their mean counts as one probe, or they would outvote those that follow
 PROBE_MEMORY_SECONDS = 60.0  # the factor in force is taken from the mean of the probes of the last minute, ...
 LEAST_PROBES = 2  # ... of the last two where they are rarer: a change of load is forgotten in a minute or two
+PROBE_STALL_WINDOW = 5  # a probe counts at most STALL_LIMIT times the median of the last of them: few count, so none may count for all
 STALL_LIMIT = 3.0  # times the median of the last STALL_WINDOW updates is the most that ...
 STALL_WINDOW = 50  # ... the loop's own part of an update is charged
 STALL_HISTORY = 5  # updates before the limit applies
@@ -236,6 +237,7 @@ class Clock:
         self.weights = []  # what may not change in free(): set by the training loop
         self.probe, self.since_probe = None, 0.0
         self.probes = collections.deque()  # (when it was taken, its seconds)
+        self.last_probes = collections.deque(maxlen=PROBE_STALL_WINDOW)  # (its seconds, wall seconds), as measured
         self.reprobe = reprobe
         self.factor = 1.0
         if reference.probe_seconds:
@@ -246,14 +248,19 @@ class Clock:
 
     def measure(self, repeats=1):
         """Times the probe, with all processes together, and puts the new factor in force."""
-        start = time.perf_counter()
-        seconds = statistics.mean(self.probe.seconds() for _ in range(repeats))
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            seconds = self.probe.seconds()
+            usual = statistics.median(before for before, _ in self.last_probes) if self.last_probes else seconds
+            times.append(min(seconds, STALL_LIMIT * usual))
+            self.last_probes.append((seconds, time.perf_counter() - start))
         now = time.perf_counter()
-        self.probes.append((now, seconds))
+        self.probes.append((now, statistics.mean(times)))
         while len(self.probes) > LEAST_PROBES and now - self.probes[0][0] > PROBE_MEMORY_SECONDS:
             self.probes.popleft()
         mine = self.reference.probe_seconds[self.probe.name] / statistics.mean(seconds for _, seconds in self.probes)
-        results = gather([mine, (now - start) / repeats], self.device)
+        results = gather([mine, statistics.median(wall for _, wall in self.last_probes)], self.device)
         self.factor = sum(factor for factor, _ in results)
         self.probe_wall_seconds = max(seconds for _, seconds in results)
         self.since_probe = 0.0

@@ -61,18 +61,26 @@ def main(arguments=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     for number, (own, config) in enumerate(todo, 1):
-        folder, state = train.find_run(config)
+        try:
+            folder, state = train.find_run(config)
+        except UserError as error:  # a damaged folder in its place
+            failed.append(f"{train.plan_name(config)} ({error})")
+            continue
         print(f"[{number} of {len(todo)}] {train.shown(folder)}: {state}", flush=True)
-        if state != "finished":
+        if state != "finished" and not stopped:
             this = [f"--resume={train.shown(folder)}"] if state == "interrupted" else [*own, f"--out={train.shown(folder)}"]
             run = subprocess.Popen([*launch, train.shown(train.ROOT / "train.py"), *this])
+            if stopped:  # while it was starting
+                run.terminate()
             status, run = run.wait(), None
-            if stopped:
-                raise SystemExit(128 + stopped[0])
-            if status:
+            if status and not stopped:
                 failed.append(f"{train.shown(folder)} (exit status {status})")
+        if stopped:
+            break
     if failed:
-        raise UserError(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
+        print(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    if stopped or failed:
+        raise SystemExit(128 + stopped[0] if stopped else 2)
 
 
 if __name__ == "__main__":

@@ -770,15 +770,41 @@ def test_clock_uses_the_mean_of_the_last_minutes_probes(monkeypatch):
     monkeypatch.setattr(rst.time, "perf_counter", lambda: now)
     clock = clock_of(budget_seconds=1.0)
     clock.reference = rst.Reference("mine", {"bert": 1.0}, "")
-    paces = iter([1.0] * rst.OPENING_PROBES + [3.0, 2.0, 6.0, 6.0, 2.0])
+    paces = iter([1.0] * rst.OPENING_PROBES + [3.0, 2.0, 2.5, 50.0, 2.0])
     clock.probe = SimpleNamespace(name="bert", seconds=paces.__next__)
     clock.measure(rst.OPENING_PROBES)
     assert clock.factor == 1.0
-    # Seconds, and the probes that count then: the opening's mean is one, the minute is over after 61, two are the least.
-    for now, counted in ((10.0, [1, 3]), (55.0, [1, 3, 2]), (62.0, [3, 2, 6]), (200.0, [6, 6]), (300.0, [6, 2])):
+    # Seconds, and the probes that count then: the opening's mean is one, the minute is over after 61, two are the least, and a
+    # stalled one counts three times the median of the five before it, which is 2.
+    for now, counted in ((10.0, [1, 3]), (55.0, [1, 3, 2]), (62.0, [3, 2, 2.5]), (200.0, [2.5, 6]), (300.0, [6, 2])):
         clock.measure()
         assert clock.factor == pytest.approx(len(counted) / sum(counted))
     assert len(clock.factor_history) == 6
+
+
+def test_a_stalled_probe_does_not_put_off_the_next(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(rst.time, "perf_counter", lambda: now[0])
+    clock = clock_of(budget_seconds=1000.0)
+    clock.reference = rst.Reference("mine", {"bert": 1.0}, "")
+
+    def probe(seconds):
+        def take():
+            now[0] += seconds
+            return seconds
+
+        clock.probe = SimpleNamespace(name="bert", seconds=take)
+
+    probe(0.1)
+    clock.measure(rst.OPENING_PROBES)
+    probe(30.0)
+    clock.measure()
+    probe(0.1)
+    measured = len(clock.factor_history)
+    for _ in range(11):  # the probe's usual 0.1 s are due after 10 s
+        clock.charge(1.0, 0.0, 10)
+        clock.probe_when_due()
+    assert len(clock.factor_history) == measured + 1
 
 
 def test_free_work_is_not_charged_and_may_not_train():
@@ -1826,6 +1852,14 @@ def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
     assert (run / "log.jsonl").read_bytes() == log
 
 
+def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    with train.locked_log(run, resume=False), pytest.raises(SystemExit):
+        train.main(small_run(corpus_folder, run, "--budget_steps=2"))
+    assert "another process is at work on this run" in capsys.readouterr().err
+    assert train.main(small_run(corpus_folder, run, "--budget_steps=2", "--validations=1"))["updates"] == 2
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     models.write_whole({"x": torch.zeros(1000)}, path)
@@ -2248,6 +2282,7 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
         monkeypatch.setattr(glue, "MRPC_DEV_IDS", (glue.MRPC_DEV_IDS[0], digest(glue.MRPC_DEV_IDS[0])))
         assert glue.load("sst2", tmp_path / "data", url) == glue.load("sst2", files)
         training, evaluated = glue.load("mrpc", tmp_path / "data", url)
+        assert sorted(path.name for path in (tmp_path / "data" / "MRPC").iterdir()) == ["dev.tsv", "mrpc_dev_ids.tsv", "msr_paraphrase_train.txt", "train.tsv"]
         everything = glue.read(files / "MRPC" / "train.tsv", glue.TASKS["mrpc"])
         assert [everything[0], everything[5]] == evaluated[""] and training == [row for n, row in enumerate(everything) if n not in (0, 5)]
         assert sni.load("sni", tmp_path / "sni", f"{url}/v2.8.zip") == sni.load("sni", files / "natural-instructions-2.8")
@@ -2435,11 +2470,10 @@ def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder)
         if log.exists() and log.stat().st_size:
             break
         time.sleep(0.05)
-    another = command("train.py", f"--resume={log.parent}", project=project)
+    assert log.exists() and log.stat().st_size
     os.killpg(study.pid, signal.SIGINT)  # as a terminal does
     output, error = study.communicate(timeout=60)
     assert study.returncode == 130 and "stopped after update" in output and "it fails" in error and not (log.parent / "result.json").exists()
-    assert another.returncode == 2 and "another process is at work on this run" in another.stderr
     again = command(*flags, project=project)
     assert again.returncode == 2 and "1 of 2 runs failed: runs/bert-tiny-fails" in again.stderr and (log.parent / "result.json").exists()
 

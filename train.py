@@ -333,16 +333,25 @@ def flush_denormals():
     torch.set_flush_denormal(True)
 
 
-def lock(file):
-    """Keeps other processes from writing the same file until it is closed, or this process ends."""
-    try:
-        import fcntl
+@contextlib.contextmanager
+def locked_log(folder, resume):
+    """The log of a run, opened to append, and closed to other processes until it is done; None on all but the main process."""
+    if not is_main():
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.jsonl", "a") as log:
+        try:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # this system has no such locks
-    except OSError:
-        raise UserError(f"{shown(file.name)}: another process is at work on this run") from None
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{shown(folder)}: another process is at work on this run") from None
+        except (ImportError, OSError):
+            pass  # this system, or this file system, has no such locks
+        if resume and (folder / "result.json").exists():
+            raise UserError(f"{shown(folder)}: this run is finished")
+        yield log
 
 
 class StopSignal:
@@ -454,7 +463,12 @@ def train(config, folder, resume=False):
         finished_models[name] = prepared(models.load(finished / "model.pt", config.device), config)
         costs = read_json(finished / "result.json")
         finished_runs[name] = {"folder": shown(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
+    with locked_log(folder, resume) as log:
+        return run(config, folder, resume, log, combination, finished_models, finished_runs)
 
+
+def run(config, folder, resume, log, combination, finished_models, finished_runs):
+    """What `train` does when all that it needs is there; `log` is the run's, open and locked."""
     print_plan(config, folder)
     started = time.perf_counter()
     reference = rst.find_reference(config.reference)
@@ -486,9 +500,6 @@ def train(config, folder, resume=False):
         refuse_long(config, (config.budget_steps - clock.updates) * update_seconds, "from a warm-up step")
 
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder / "log.jsonl", "a")
-        lock(log)
         log.truncate(state.log_bytes)
         shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # with model.pt it is all that fine-tuning needs
         if not resume or not (folder / "config.json").exists():
@@ -616,7 +627,6 @@ def train(config, folder, resume=False):
         if is_main():
             models.save(model, folder / "model.pt")
     if is_main():
-        log.close()
         write_json(folder / "result.json", result)
     if dist.is_initialized():
         dist.barrier()  # whoever needs the finished run next finds it whole

@@ -111,19 +111,21 @@ def fetch_zip(url, folder, needed, sha256=None):
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} has files in it, but no {needed}; it should have them as published, or not be there")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Names of this process's own: another one may be fetching the same.
-    archive, unpacked = (folder.with_name(f"{folder.name}.{os.getpid()}.{ending}") for ending in ("zip", "tmp"))
+    archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     print(f"{folder} is not there; downloading {url}")
+    fetch(url, archive, folder, sha256)
     try:
-        fetch(url, archive, folder, sha256)
         with zipfile.ZipFile(archive) as file:
             members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
             file.extractall(unpacked, members)
         tops = {name.partition("/")[0] for name in members}
-        put(unpacked / tops.pop() if len(tops) == 1 else unpacked, folder)
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+        if not folder.exists():  # or else another process was faster
+            (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
-        archive.unlink(missing_ok=True)
+    archive.unlink(missing_ok=True)
 
 
 def fetch(url, path, folder, sha256=None):
@@ -132,14 +134,6 @@ def fetch(url, path, folder, sha256=None):
         download(url, path, check_published(sha256))
     except UserError as error:
         raise UserError(f"{error}; or put the published files into {folder} yourself (see --data_dir)") from None
-
-
-def put(work, folder):
-    """Renames a folder that is complete; if another process was faster, its folder stands."""
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-    if not folder.exists():
-        work.rename(folder)
 
 
 # -- Results: files TASK-seedS.json, written by finetune.py --------------------------------------------------------
@@ -152,10 +146,11 @@ def summary(folder, suite):
     for path in sorted(Path(folder).glob("*-seed*.json")):
         try:
             result = json.loads(path.read_text())
+            task, seed, _ = result["task"], int(result["seed"]), dict(result["identity"])
             scores = [(metric, {kind: float(result[kind][metric]) for kind in ("last", "best")}) for metric in result["last"]]
             for metric, kinds in scores:
                 for kind, score in kinds.items():
-                    found.setdefault(result["task"], {}).setdefault(metric, {"last": {}, "best": {}})[kind][result["seed"]] = score
+                    found.setdefault(task, {}).setdefault(metric, {"last": {}, "best": {}})[kind][seed] = score
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again")
     if len(suite.AVERAGED) > 1 and all(metric in found.get(task, {}) for task, metric in suite.AVERAGED):

@@ -10,12 +10,10 @@ Files: DATA_DIR/CoLA/train.tsv and so on, as published. Quotation marks in them 
 which are left out and counted.
 """
 
-import os
-import shutil
 from dataclasses import dataclass
 
 from errors import UserError
-from tasks import Recipe, Row, fetch, fetch_zip, lines, of_labels, put
+from tasks import Recipe, Row, fetch, fetch_zip, lines, of_labels
 from tasks.metrics import accuracy, f1, matthews, pearson, spearman
 
 MODEL = "bert"
@@ -117,21 +115,19 @@ def label_of(text, task, path, number):
 
 
 def fetch_mrpc(folder, url):
-    """GLUE does not publish MRPC's files but which lines of Microsoft's training file are the dev set."""
+    """GLUE does not publish MRPC's files but which lines of Microsoft's training file are the dev set: makes them of these two,
+    which are downloaded unless they are in the folder."""
     if (folder / "train.tsv").exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name(f"MRPC.{os.getpid()}.tmp")
-    work.mkdir()
-    print(f"{folder} is not there; downloading {url}/{TASKS['mrpc'].archive}")
-    try:
-        for name, (address, sha256) in {"all.txt": (TASKS["mrpc"].archive, TASKS["mrpc"].sha256), "ids.tsv": MRPC_DEV_IDS}.items():
-            fetch(f"{url}/{address}", work / name, folder, sha256)
-        dev_ids = {tuple(line.split("\t")[:2]) for _, line in lines(work / "ids.tsv")}
-        (_, header), *rest = lines(work / "all.txt")
-        for part in ("train", "dev"):
-            chosen = [line for _, line in rest if (tuple(line.split("\t")[1:3]) in dev_ids) == (part == "dev")]
-            (work / f"{part}.tsv").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
-        put(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for address, sha256 in ((TASKS["mrpc"].archive, TASKS["mrpc"].sha256), MRPC_DEV_IDS):
+        path = folder / address.rpartition("/")[2]
+        if not path.exists():
+            print(f"{path} is not there; downloading {url}/{address}")
+            fetch(f"{url}/{address}", path, folder, sha256)
+    dev_ids = {tuple(line.split("\t")[:2]) for _, line in lines(folder / MRPC_DEV_IDS[0].rpartition("/")[2])}
+    (_, header), *rest = lines(folder / TASKS["mrpc"].archive.rpartition("/")[2])
+    for part in ("dev", "train"):
+        chosen = [line for _, line in rest if (tuple(line.split("\t")[1:3]) in dev_ids) == (part == "dev")]
+        (folder / "part.tmp").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
+        (folder / "part.tmp").rename(folder / f"{part}.tsv")
