@@ -222,9 +222,11 @@ COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1
 def costs(repeats, chosen=tuple(models.SIZES), updates=20):
     """Runs of the loop at size small on the documentation strings, each beside a run of the baseline, both with half of the
     threads: at the same time on the same machine, so that its other work slows both. rho's other model stays in runs/."""
+    threads = torch.get_num_threads()
+    half = max(1, threads // 2)
     for model, batch in (pair for pair in (("bert", 16), ("t5", 4)) if pair[0] in chosen):
         flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}",
-                 f"--threads={max(1, torch.get_num_threads() // 2)}", "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
+                 f"--threads={half}", "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
         (irreducible,) = methods.find("rho").prerequisites(train.resolve(train.parse([*flags, "--method=rho", f"--budget_steps={updates}"])[0])).items()
         train.finish(*irreducible)
         ratios, records, memory, notes = {}, {}, {}, []
@@ -247,8 +249,7 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=20):
             local = [statistics.mean(line["charged_seconds"] / line["factor"] for line in run) for run in (records[method], others)]
             ratios.setdefault(method, []).append(local[0] / local[1])
             memory[method] = usage.ru_maxrss / 2**20  # of kB
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // 2))  # as the runs
+        torch.set_num_threads(half)  # as the runs
         constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
         torch.set_num_threads(threads)
         full = constant + per_layer * records["baseline"][0]["row_layers"] / batch

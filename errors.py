@@ -25,8 +25,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def exits_on_user_error(main):
-    """Decorate a command's `main`: a UserError, a full disk, a wrong path or Ctrl-C becomes a message on
-    stderr and a non-zero exit."""
+    """Decorate a command's `main`: a UserError, a full disk, a wrong path, Ctrl-C or an output that nobody reads any more becomes a
+    message on stderr and a non-zero exit."""
 
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
@@ -37,9 +37,13 @@ def exits_on_user_error(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         except BrokenPipeError:
-            print("ended: nobody reads the output any more (as after `| head`)", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
-            sys.exit(1)
+            try:
+                print(flush=True)
+            except BrokenPipeError:  # it is our own output's, not some other pipe's
+                print("ended: nobody reads the output any more (as after `| head`)", file=sys.stderr)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+                sys.exit(1)
+            raise
         except OSError as error:
             if error.errno not in OF_THE_FILE_SYSTEM:
                 raise

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import model as models
 import tasks
-from data.prepare import SPECIAL_TOKENS, SentencePieceTokenizer, corpus_folder, load_tokenizer
+from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer
 from errors import Parser, UserError, exits_on_user_error
 from train import DTYPES, ROOT, check_device, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
 
@@ -63,8 +63,8 @@ class Classifier(nn.Module):
         self.is_score, outputs = not task.classes, max(1, len(task.classes))
         self.hidden = nn.Linear(bert.config.d_model, CLASSIFIER_WIDTH)
         self.output = nn.Linear(CLASSIFIER_WIDTH, outputs)
-        for layer in (self.hidden, self.output):  # N(0, 0.02^2) at base, as BERT's own; see its `initialise`
-            nn.init.normal_(layer.weight, std=0.02 * (models.BERTConfig.d_model / bert.config.d_model) ** 0.5)
+        for layer in (self.hidden, self.output):
+            nn.init.normal_(layer.weight, std=bert.initial_std)
             nn.init.zeros_(layer.bias)
 
     def encode(self, row):
@@ -157,10 +157,9 @@ def load_run(folder, device, dropout, untrained, seed):
 
 def tokenizer_of(folder):
     """The tokenizer that a run was trained with: from its folder, or from its corpus if that is still the same one."""
-    try:
+    if any((folder / kind.file_name).exists() for kind in TOKENIZERS.values()):
         return load_tokenizer(folder)
-    except UserError:
-        result = read_json(folder / "result.json")
+    result = read_json(folder / "result.json")
     config = result["config"]
     corpus = Path(config["data"])
     if not (corpus / "meta.json").exists():
@@ -287,10 +286,10 @@ def check_results(out, identity):
 def kind_of(folder):
     """"bert" or "t5": which model a finished run, or a folder of transformers, holds."""
     config = read_json(folder / "config.json")
-    kind = config.get("model_type", config.get("model"))
-    if is_transformers(folder) and kind == "t5":
-        return kind
-    if is_transformers(folder) or kind not in KINDS:
+    if config.get("model_type") == "t5":
+        return "t5"
+    kind = config.get("model")
+    if kind not in KINDS:
         raise UserError(f"{folder}/config.json is neither one of a run nor one of transformers with a T5")
     if not (folder / "model.pt").exists():
         raise UserError(f"{folder}: its model.pt is missing" if (folder / "result.json").exists() else f"{folder} is not finished; go on with: python train.py --resume={folder}")
@@ -379,8 +378,8 @@ def main(arguments=None):
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory with --batch={recipe.batch} --max_length={recipe.max_length}: this device is too small for the recipe") from None
     say("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
-    table, problems = tasks.summary(out, suite)
-    for name, metrics in table.items():
+    results, problems = tasks.results(out)
+    for name, metrics in tasks.summary(results, suite).items():
         for metric, kinds in metrics.items():
             say(f"| {name} | {metric} | {' | '.join(tasks.percent(kinds[part].values()) for part in ('last', 'best'))} |")
     for problem in problems:

@@ -226,13 +226,18 @@ class BERT(LanguageModel):
         self.head = nn.Linear(config.d_model, config.d_model, bias=False)
         self.initialise()
 
+    @property
+    def initial_std(self):
+        """Of every matrix; `initialise` says why."""
+        return 0.02 * (BERTConfig.d_model / self.config.d_model) ** 0.5
+
     @torch.no_grad()
     def initialise(self):
         """Every matrix N(0, 0.02^2) at the study's width of 768, not scaled with depth, and sqrt(768 / C) times as wide at
         width C, so that a narrow model's activations start as large as base's; norms 1 and 0; the position scale C^-1/2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02 * (BERTConfig.d_model / self.config.d_model) ** 0.5)
+                nn.init.normal_(parameter, std=self.initial_std)
             elif name == "position_scale":
                 nn.init.constant_(parameter, self.config.d_model**-0.5)
             elif name.endswith("norm.weight"):

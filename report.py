@@ -1,4 +1,4 @@
-"""Finished runs to tables and figures. Only reads run folders.
+"""Finished runs to tables and figures. Changes nothing in a run's folder.
 
     python report.py runs/                     every run below a folder, as Markdown
     python report.py RUN RUN ... --csv=FILE    the same table as CSV
@@ -41,7 +41,20 @@ class Run:
     config: dict  # {} if it cannot be read
     result: dict  # {} if the run is unfinished
     validations: list  # [charged hours or updates, validation loss], in order
-    problem: str  # why it is in no mean; empty for a finished run
+    problem: str  # why it is in no mean, or what is damaged; empty for a finished, whole run
+
+    def __post_init__(self):
+        """Reads what finetune.py left: `scores`, {(folder, task, metric): {"last": mean over the fine-tuning seeds, "best": ...}};
+        `recipes`, [(folder, recipe)]; and `problems`, of the run and of these."""
+        self.scores, self.recipes, self.problems = {}, [], [self.problem] if self.problem else []
+        for folder in sorted((self.folder / "finetuned").glob("*")):
+            name = folder.name.removesuffix("-untrained")
+            if name in tasks.suites():
+                results, problems = tasks.results(folder)
+                self.problems += problems
+                self.recipes += [(folder.name, {part: value for part, value in result["identity"].items() if part != "weights"}) for result in results]
+                for task, metrics in tasks.summary(results, tasks.find(name)).items():
+                    self.scores |= {(folder.name, task, metric): {kind: statistics.mean(seeds.values()) for kind, seeds in kinds.items()} for metric, kinds in metrics.items()}
 
 
 def read(folder):
@@ -69,21 +82,24 @@ def read(folder):
         result, problem = {}, f"damaged: result.json (no {error} in it)"
     except (OSError, ValueError, TypeError) as error:
         result, problem = {}, f"damaged: result.json ({error})"
-    return Run(folder, config, result, read_validations(folder, config), problem)
+    validations, damage = read_validations(folder, config)
+    return Run(folder, config, result, validations, problem or damage)
 
 
 def read_validations(folder, config):
-    """[budget spent, validation loss] of a run's log, as far as it can be read; the budget in hours, or in updates."""
+    """([budget spent, validation loss] of a run's log as far as it can be read, the budget in hours, or in updates; what is wrong
+    with the rest)."""
     points = []
     try:
-        for line in (folder / "log.jsonl").read_text().splitlines():
+        text = (folder / "log.jsonl").read_text()
+        for line in text.splitlines():
             if '"validation_loss"' in line:
                 record = json.loads(line)
                 spent = record["update"] if config["budget_steps"] else record["spent_seconds"] / 3600
                 points.append([float(spent), float(record["validation_loss"])])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the end of a log that was cut; the final loss is in result.json
-    return points
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return points, f"damaged: log.jsonl ({error}); the curve ends there"
+    return points, "" if text.endswith("\n") else "damaged: log.jsonl (its last line is cut)"
 
 
 def find_runs(paths):
@@ -162,6 +178,15 @@ class Row:
         found = collections.defaultdict(list)
         for run in self.runs:
             found[run.config["seed"]].append(run.result["validation_loss"])
+        return found
+
+    def scores(self):
+        """{(folder, task, metric): {"last": [score of each run], "best": [...]}}"""
+        found = collections.defaultdict(lambda: {"last": [], "best": []})
+        for run in self.runs:
+            for place, kinds in run.scores.items():
+                for kind, score in kinds.items():
+                    found[place][kind].append(score)
         return found
 
     def mean_loss(self):
@@ -244,31 +269,6 @@ def short(value):
     return str(value)[:8] if re.fullmatch(r"[0-9a-f]{32,}", str(value)) else value
 
 
-# -- Downstream scores ---------------------------------------------------------------------------------------
-
-
-def downstream(run):
-    """({(folder, task, metric): {"last": mean over the fine-tuning seeds, "best": ...}}, problems) of what finetune.py left in a
-    run's folder."""
-    scores, problems = {}, []
-    for folder in sorted(path for path in (run.folder / "finetuned").glob("*") if path.name.removesuffix("-untrained") in tasks.suites()):
-        table, its_problems = tasks.summary(folder, tasks.find(folder.name.removesuffix("-untrained")))
-        problems += its_problems
-        for task, metrics in table.items():
-            scores |= {(folder.name, task, metric): {kind: statistics.mean(seeds.values()) for kind, seeds in kinds.items()} for metric, kinds in metrics.items()}
-    return scores, problems
-
-
-def scores_of(row):
-    """{(folder, task, metric): {"last": [score of each run], "best": [...]}} of a row's runs."""
-    found = collections.defaultdict(lambda: {"last": [], "best": []})
-    for run in row.runs:
-        for place, kinds in downstream(run)[0].items():
-            for kind, score in kinds.items():
-                found[place][kind].append(score)
-    return found
-
-
 # -- Tables --------------------------------------------------------------------------------------------------
 
 COLUMNS = [
@@ -297,7 +297,7 @@ def record_of(row, table, points):
         ("cut_share", lambda result: result["cut_seconds"] / max(result["charged_seconds"], 1e-9)),
     ):  # fmt: skip
         record[name] = statistics.mean(value(run.result) for run in row.runs)
-    for place, kinds in scores_of(row).items():
+    for place, kinds in row.scores().items():
         record |= {" ".join([*place, kind]): statistics.mean(scores) for kind, scores in kinds.items()}
     return record
 
@@ -344,7 +344,7 @@ def markdown(records):
 def downstream_markdown(rows):
     """Scores after the last epoch, and the best one, by task: over a row's runs, each the mean of its fine-tuning seeds; "" if
     there are none."""
-    found = [(row.label, scores_of(row)) for row in rows]
+    found = [(row.label, row.scores()) for row in rows]
     places = sorted({place for _, scores in found for place in scores})
     if not places:
         return ""
@@ -356,15 +356,11 @@ def downstream_markdown(rows):
 
 
 def recipes_of(rows):
-    """The fine-tuning recipes that the rows' scores were made with, by folder: {folder name: [recipe]}."""
+    """The fine-tuning recipes that the rows' scores were made with: {folder name: [recipe]}."""
     found = collections.defaultdict(list)
-    for path in (path for row in rows for run in row.runs for path in sorted((run.folder / "finetuned").glob("*/*-seed*.json"))):
-        try:
-            recipe = {name: value for name, value in json.loads(path.read_text())["identity"].items() if name != "weights"}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # named among the problems
-        if recipe not in found[path.parent.name]:
-            found[path.parent.name].append(recipe)
+    for name, recipe in (pair for row in rows for run in row.runs for pair in run.recipes):
+        if recipe not in found[name]:
+            found[name].append(recipe)
     return found
 
 
@@ -406,6 +402,8 @@ def draw(tables, points, folder):
         if axes.lines:
             axes.legend(fontsize=8)
             save(figure, "loss-" + file_name(table.title))
+        else:
+            pyplot.close(figure)
     for family, by_method in points.items():
         if max(map(len, by_method.values())) < 2:
             continue
@@ -467,9 +465,8 @@ def main(arguments=None):
                 print(f"{folder}: " + ("recipes differ, do not compare these scores: " if len(recipes) > 1 else "") + "; ".join(json.dumps(recipe) for recipe in recipes))
         print()
     for run in runs:
-        for problem in [run.problem, *downstream(run)[1]]:
-            if problem:
-                print(f"{run.folder}: {problem}")
+        for problem in run.problems:
+            print(f"{run.folder}: {problem}")
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, [*COLUMNS, *sorted({name for record in records for name in record} - set(COLUMNS))])

@@ -208,7 +208,7 @@ def fastest_dtype(device):
 PROBE_SHARE = 0.01  # of the time goes into probing
 OPENING_PROBES = 16  # before the start; their mean counts as one probe, or they would outvote those that follow
 PROBE_MEMORY_SECONDS = 60.0  # the factor in force is taken from the mean of the probes of the last minute, ...
-LEAST_PROBES = 2  # ... of the last two where they are rarer: a change of load is forgotten in a minute or two
+LEAST_PROBES = 2  # ... of the last two where they are rarer: a change of load is forgotten in a minute, or two probes
 PROBE_STALL_WINDOW = 5  # a probe counts at most STALL_LIMIT times the median of the last of them: few count, so none may count for all
 STALL_LIMIT = 3.0  # times the median of the last STALL_WINDOW updates is the most that ...
 STALL_WINDOW = 50  # ... the loop's own part of an update is charged

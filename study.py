@@ -22,21 +22,19 @@ AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed
 
 def plans(options, flags):
     """[(flags, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
+    for name in (flag.removeprefix("--").partition("=")[0] for flag in flags):
+        if name in AXES:
+            raise UserError(f"--{name}: a study has --{AXES[name]}, joined by commas")
+        if name in ("resume", "out", "budget_steps"):
+            raise UserError(f"--{name}: a flag of single runs; a study finds its runs by their plans, and counts hours")
     found, corpora = [], set()
-    axes = (getattr(options, name).split(",") for name in ("seeds", "budgets", "models", "methods"))
-    for seed, budget, model, method in itertools.product(*axes):
-        own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}", f"--seed={seed}"]
-        typed, resumed = train.parse([f"--method={method}", *flags])
-        if resumed or "out" in typed or "budget_steps" in typed:
-            raise UserError("--resume, --out and --budget_steps are single runs' flags; a study finds its runs by their plans, and counts hours")
-        for name, plural in AXES.items():
-            if name in typed and not (name == "method" and typed[name] == method):
-                raise UserError(f"--{name}={typed[name]}: a study has --{plural}, joined by commas")
-        config = train.resolve(train.parse([*own, *flags])[0])
+    for seed, budget, model, method in itertools.product(*(getattr(options, name).split(",") for name in ("seeds", "budgets", "models", "methods"))):
+        own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}", f"--seed={seed}", *flags]
+        config = train.resolve(train.parse(own)[0])
         if (corpus := (config.model, config.data, config.vocabulary)) not in corpora:
             train.open_corpus(config)
             corpora.add(corpus)
-        found.append(([*own, *flags], config))
+        found.append((own, config))
     return found
 
 

@@ -1033,6 +1033,7 @@ def test_tokens_of_the_other_model_are_refused(t5_folder, corpus_folder, tmp_pat
     with pytest.raises(SystemExit):
         train.main(small_run(t5_folder, tmp_path / "run"))
     assert "has the tokens of --model=t5, not of bert" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_result_does_not_depend_on_the_micro_batch(corpus_folder, tmp_path):
@@ -1852,12 +1853,26 @@ def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
     assert (run / "log.jsonl").read_bytes() == log
 
 
+def test_an_output_that_nobody_reads_is_a_message(finished_runs):
+    reading, writing = os.pipe()
+    os.close(reading)
+    report_of = subprocess.run([sys.executable, "report.py", str(finished_runs["bert"])], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert report_of.returncode == 1 and report_of.stderr.startswith("ended: nobody reads") and report_of.stderr.count("\n") == 1
+
+
 def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
     run = tmp_path / "run"
     with train.locked_log(run, resume=False), pytest.raises(SystemExit):
         train.main(small_run(corpus_folder, run, "--budget_steps=2"))
     assert "another process is at work on this run" in capsys.readouterr().err
     assert train.main(small_run(corpus_folder, run, "--budget_steps=2", "--validations=1"))["updates"] == 2
+    for resume in (True, False):
+        with pytest.raises(UserError, match="this run is finished"), train.locked_log(run, resume):
+            pass
+    (run / "result.json").unlink()
+    with pytest.raises(UserError, match="another run was started here"), train.locked_log(run, resume=False):
+        pass
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
@@ -2018,7 +2033,7 @@ def finished_runs(corpus_folder, t5_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("suite", ["glue", "superglue", "sni"])
 def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys, suite):
-    """Stopped in its third task, it goes on there; its results are the tasks' metrics after every epoch."""
+    """Stopped in its third task (sni has only one), it goes on there; its results are the tasks' metrics after every epoch."""
     module, data = tasks.find(suite), FILES[suite](tmp_path / "data")
     flags = [str(finished_runs[module.MODEL]), f"--suite={suite}", f"--data_dir={data}", f"--out={tmp_path / 'out'}", "--seeds=0,1", "--epochs=2", "--batch=4", "--threads=2"]
     if suite == "sni":
@@ -2056,7 +2071,7 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
     if suite != "sni":
         results = {(name, seed): json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text()) for name in module.TASKS for seed in (0, 1)}
         expected = [np.mean([results[name, seed]["last"][metric] for name, metric in module.AVERAGED]) for seed in (0, 1)]
-        assert list(tasks.summary(tmp_path / "out", module)[0]["all"]["score"]["last"].values()) == pytest.approx(expected)
+        assert list(tasks.summary(tasks.results(tmp_path / "out")[0], module)["all"]["score"]["last"].values()) == pytest.approx(expected)
         third = list(module.TASKS)[2]  # trained alone it scores the same: nothing is left over from the tasks before it
         finetune.main([*flags, f"--task={third}", f"--out={tmp_path / 'alone'}", "--seeds=1"])
         assert json.loads((tmp_path / "alone" / f"{third}-seed1.json").read_text())["epochs"] == results[third, 1]["epochs"]
@@ -2190,6 +2205,9 @@ def test_neighbours_and_batch_size_change_no_prediction(finished_runs, tmp_path,
         torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-5)
         unmasked = learner.batch(encoded) | {"mask": torch.ones(1, 1, dtype=torch.bool).expand(12, learner.batch(encoded)["tokens"].shape[1])}
         assert (learner(unmasked) - together).abs().max() > 1e-3  # the mask is what makes it so
+        loaded.autocast_dtype = torch.bfloat16  # as on a GPU
+        torch.testing.assert_close(learner(learner.batch(encoded)), together, rtol=0, atol=0.1)
+        loaded.autocast_dtype = None
     else:
         learner = finetune.Writer(loaded, tokenizer, sni.TASKS["sni"], dataclasses.replace(sni.RECIPE, target_length=6)).eval()
         encoded = [(learner.ended(row.texts[0], 1024), [1]) for row in rows]
@@ -2319,6 +2337,9 @@ def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, 
     with pytest.raises(SystemExit) as stopped:
         finetune.main([str(finished_runs["bert"]), f"--out={tmp_path / 'out'}", *(flag.replace("GLUE", str(data)) for flag in flags)])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_only_a_finished_run_is_fine_tuned(finished_runs, tmp_path, capsys):
     for missing, message in (("model.pt", "its model.pt is missing"), ("*t*", "is not finished; go on with")):
         run = shutil.copytree(finished_runs["bert"], tmp_path / message, ignore=shutil.ignore_patterns(missing))
         (run / "config.json").write_bytes((finished_runs["bert"] / "config.json").read_bytes())
@@ -2420,7 +2441,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     assert "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one and "| lion | 0 | – | – | – |" in one
     assert "| 100 | 800 | 1 | 0.01 | 2 | 0.20% |" in one and "commits: abc" in one and re.search("^baseline: batch 8, beta1 .*, lr 0.001, ", one, re.MULTILINE)
     assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2), best 70.0 ± 14.1 (2) |" in one and "| stacking | 81.0 (1), best 90.0 (1) |" in one and "glue: recipes differ" in one and "| lion | – |" in one
-    for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("b2-0", f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged (JSONDecodeError")):
+    for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("cut-log", "damaged: log.jsonl"), ("b2-0", f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged (JSONDecodeError")):
         assert f"{runs / name}: {problem}" in output
     with open(tmp_path / "table.csv") as file:
             records = [(r["method"], r["budget_hours"], r["n"], r["difference"], r["glue rte accuracy last"]) for r in csv.DictReader(file)]
@@ -2441,9 +2462,13 @@ def test_report_reads_real_runs(finished_runs, capsys):
         assert re.search(rf"## {model}-tiny on .*, 2 updates\n", output) and f"| baseline | 1 | {loss:.4f} ± – |" in output
 
 
+def small_study(corpus_folder, *flags):
+    """The command of a study of runs that take seconds."""
+    return ["study.py", *flags, *(flag for flag in small_run(corpus_folder, None) if not flag.startswith("--out"))]
+
+
 def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
-    flags = ["study.py", "--methods=baseline,stacking", "--seeds=0,1", "--budgets=0.0002", *small_run(corpus_folder, "x")]
-    flags = [flag for flag in flags if not flag.startswith("--out")]
+    flags = small_study(corpus_folder, "--methods=baseline,stacking", "--seeds=0,1", "--budgets=0.0002")
     first = command(*flags, project=project)
     assert first.returncode == 0, first.stderr
     folders = sorted((project / "runs").iterdir())
@@ -2461,8 +2486,7 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
 
 
 def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder):
-    flags = ["study.py", "--methods=fails,baseline", "--seeds=0", "--budgets=0.002", *small_run(corpus_folder, "x")]
-    flags = [flag for flag in flags if not flag.startswith("--out")]
+    flags = small_study(corpus_folder, "--methods=fails,baseline", "--seeds=0", "--budgets=0.002")
     (project / "methods" / "fails.py").write_text("from errors import UserError\nfrom methods.baseline import Method\n\n\nclass Fails(Method):\n    def next_batch(self):\n        raise UserError('it fails')\n")
     study = subprocess.Popen([sys.executable, *flags], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = project / "runs" / "bert-tiny-baseline-bert-512-0.002h-this-seed0" / "log.jsonl"

@@ -349,9 +349,17 @@ def locked_log(folder, resume):
             raise UserError(f"{shown(folder)}: another process is at work on this run") from None
         except (ImportError, OSError):
             pass  # this system, or this file system, has no such locks
-        if resume and (folder / "result.json").exists():
+        if (folder / "result.json").exists():
             raise UserError(f"{shown(folder)}: this run is finished")
-        yield log
+        if not resume and (folder / "config.json").exists():
+            raise UserError(f"{shown(folder)}: another run was started here meanwhile; run the same command again")
+        try:
+            yield log
+        finally:
+            if not (folder / "config.json").exists():  # the plan was refused: nothing of it stays
+                with contextlib.suppress(OSError):
+                    (folder / "log.jsonl").unlink()
+                    folder.rmdir()
 
 
 class StopSignal:

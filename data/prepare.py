@@ -392,7 +392,7 @@ def check_gzip(path):
 def download(url, path, check=check_gzip):
     """Fetches `url` into `path`; goes on where a broken download stopped; the whole is checked.
 
-    The length must be the server's, and `check(path)` must not raise OSError, EOFError, ValueError or zlib.error.
+    The length must be the server's, where it says one, and `check(path)` must not raise OSError, EOFError, ValueError or zlib.error.
     """
     if path.exists():
         return

@@ -139,26 +139,33 @@ def fetch(url, path, folder, sha256=None):
 # -- Results: files TASK-seedS.json, written by finetune.py --------------------------------------------------------
 
 
-def summary(folder, suite):
-    """What the results of a folder say: ({task: {metric: {"last": {seed: score}, "best": {seed: score}}}}, problems), and under
-    "all" the suite's own mean for the seeds that have all of it. `problems` names the files that cannot be read."""
-    found, problems = {}, []
+def results(folder):
+    """(the results of a folder, what is wrong with the files that cannot be read)."""
+    found, problems = [], []
     for path in sorted(Path(folder).glob("*-seed*.json")):
         try:
             result = json.loads(path.read_text())
-            task, seed, _ = result["task"], int(result["seed"]), dict(result["identity"])
-            scores = [(metric, {kind: float(result[kind][metric]) for kind in ("last", "best")}) for metric in result["last"]]
-            for metric, kinds in scores:
-                for kind, score in kinds.items():
-                    found.setdefault(task, {}).setdefault(metric, {"last": {}, "best": {}})[kind][seed] = score
+            scores = {metric: {kind: float(result[kind][metric]) for kind in ("last", "best")} for metric in result["last"]}
+            found.append({"task": result["task"], "seed": int(result["seed"]), "identity": dict(result["identity"]), "scores": scores})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again")
+    return found, problems
+
+
+def summary(results, suite):
+    """What results say: {task: {metric: {"last": {seed: score}, "best": {seed: score}}}}, and under "all" the suite's own mean for
+    the seeds that have all of it."""
+    found = {}
+    for result in results:
+        for metric, kinds in result["scores"].items():
+            for kind, score in kinds.items():
+                found.setdefault(result["task"], {}).setdefault(metric, {"last": {}, "best": {}})[kind][result["seed"]] = score
     if len(suite.AVERAGED) > 1 and all(metric in found.get(task, {}) for task, metric in suite.AVERAGED):
         columns = {kind: [found[task][metric][kind] for task, metric in suite.AVERAGED] for kind in ("last", "best")}
         seeds = sorted(set.intersection(*map(set, columns["last"])))
         if seeds:
             found["all"] = {"score": {kind: {seed: statistics.mean(column[seed] for column in columns[kind]) for seed in seeds} for kind in columns}}
-    return found, problems
+    return found
 
 
 def percent(scores):
