@@ -283,6 +283,16 @@ def check_results(out, identity):
                 raise UserError(f"{shown(path)} is of another recipe or model: its {name} is {theirs.get(name)}, now it is {ours}; choose another folder with --out")
 
 
+def data_checksum(training, evaluated, out, name, data_dir):
+    """What tells a task's data from other data; refuses those that other seeds' results of the task in `out` are not of. (Of the
+    training rows only how many: sni's seeds draw their own.)"""
+    found = zlib.crc32(repr((len(training), evaluated)).encode())
+    for path in sorted(out.glob(f"{name}-seed*.json")):
+        if read_json(path).get("data") != found:
+            raise UserError(f"{shown(path)} is of other data than {data_dir} has now; choose another folder with --out")
+    return found
+
+
 def kind_of(folder):
     """"bert" or "t5": which model a finished run, or a folder of transformers, holds."""
     config = read_json(folder / "config.json")
@@ -355,6 +365,7 @@ def main(arguments=None):
                     continue
                 started = time.perf_counter()
                 training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
+                data = data_checksum(training, evaluated, out, name, data_dir)
                 model, tokenizer = load_run(folder, device, recipe.dropout, options.untrained, seed)
                 if kind == "bert" and recipe.max_length > model.config.max_length:
                     raise UserError(f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} tokens")
@@ -365,7 +376,7 @@ def main(arguments=None):
                 last, seconds = epochs[-1]["scores"], time.perf_counter() - started
                 best = {metric: max(epoch["scores"][metric] for epoch in epochs) for metric in last}
                 write_json(path, {
-                    "task": name, "seed": seed, "run": shown(folder), "identity": identity,
+                    "task": name, "seed": seed, "run": shown(folder), "identity": identity, "data": data,
                     "last": last, "best": best, "epochs": epochs, "training_rows": len(training), "evaluated_rows": sum(map(len, evaluated.values())),
                     "seconds": seconds, "finished": datetime.datetime.now().isoformat(timespec="seconds"), "commit": git_commit(),
                     "device": rst.device_name(device), "torch": torch.__version__,

@@ -374,10 +374,14 @@ def draw(tables, points, folder):
     except ImportError:
         raise UserError("--figures needs one more package: pip install matplotlib") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs, the same file
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
+    # One colour a method in all figures.
+    labels = sorted({row.label for table in tables for row in table.rows} - {"baseline"})
+    colors = {"baseline": "black"} | {label: f"C{number}" for number, label in enumerate(labels)}
 
     def save(figure, name):
         path = folder / f"{name}.svg"
@@ -393,11 +397,11 @@ def draw(tables, points, folder):
                 places = list(zip(*curves))
                 spent = [statistics.mean(point[0] for point in place) for place in places]
                 losses = [[point[1] for point in place] for place in places]
-                (line,) = axes.plot(spent, list(map(statistics.mean, losses)), marker="o", markersize=3, label=f"{row.label} ({len(curves)})")
-                axes.fill_between(spent, list(map(min, losses)), list(map(max, losses)), color=line.get_color(), alpha=0.2)
+                axes.plot(spent, list(map(statistics.mean, losses)), marker="o", markersize=3, color=colors[row.label], label=f"{row.label} ({len(curves)})")
+                axes.fill_between(spent, list(map(min, losses)), list(map(max, losses)), color=colors[row.label], alpha=0.2)
             else:
                 for curve in curves:
-                    axes.plot(*zip(*curve), marker="o", markersize=3, label=row.label)
+                    axes.plot(*zip(*curve), marker="o", markersize=3, color=colors[row.label], label=row.label)
         axes.set(title=table.title, ylabel="validation loss (nats); band: all seeds", xlabel="updates" if table.budget[1] else f"hours of {table.reference}")
         if axes.lines:
             axes.legend(fontsize=8)
@@ -408,22 +412,27 @@ def draw(tables, points, folder):
         if max(map(len, by_method.values())) < 2:
             continue
         title = f"{family}, hours of {next(table.reference for table in tables if table.family == family)}"
+        budgets = sorted({hours for own in by_method.values() for hours, _ in own})
+
+        def by_budget(axes, name, ylabel):
+            axes.set(title=title, xscale="log", xlabel="budget, hours of the reference", ylabel=ylabel)
+            axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
+            axes.set_xticks([], minor=True)
+            axes.legend(fontsize=8)
+            save(axes.figure, f"{name}-{file_name(title)}")
+
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
         for label, own in by_method.items():
-            axes.plot(*zip(*own), marker="o", label=label)
-        axes.set(title=title, xscale="log", xlabel="budget, hours of the reference", ylabel="final validation loss (nats)")
-        axes.legend(fontsize=8)
-        save(figure, "budgets-" + file_name(title))
+            axes.plot(*zip(*own), marker="o", color=colors[label], label=label)
+        by_budget(axes, "budgets", "final validation loss (nats)")
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
         for label, own in by_method.items():
             speeds = [(hours, speed_up(by_method.get("baseline", []), loss, hours)) for hours, loss in own]
             if known := [point for point in speeds if isinstance(point[1], float)]:  # inside the baseline's budgets
-                axes.plot(*zip(*known), marker="o", label=label)
+                axes.plot(*zip(*known), marker="o", color=colors[label], label=label)
         if axes.lines:
             axes.axhline(1.0, color="black", linewidth=0.5)
-            axes.set(title=title, xscale="log", xlabel="budget, hours of the reference", ylabel="baseline's budget for the same loss / budget")
-            axes.legend(fontsize=8)
-            save(figure, "speed-up-" + file_name(title))
+            by_budget(axes, "speed-up", "baseline's budget for the same loss / budget")
         else:
             pyplot.close(figure)
     return paths

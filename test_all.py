@@ -2079,6 +2079,11 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit):
             finetune.main([*flags, *changed])
         assert f"is of another recipe or model: {message}" in capsys.readouterr().err
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda *arguments: (load(*arguments)[0][1:], load(*arguments)[1]))  # a training row less
+    with pytest.raises(SystemExit):
+        finetune.main([*flags, "--seeds=2", f"--task={list(module.TASKS)[0]}"])
+    assert "is of other data than" in capsys.readouterr().err
 
 
 def test_glue_reads_what_is_published(tmp_path, capsys):
