@@ -289,7 +289,7 @@ def data_checksum(training, evaluated, out, name, data_dir):
     found = zlib.crc32(repr((len(training), evaluated)).encode())
     for path in sorted(out.glob(f"{name}-seed*.json")):
         if read_json(path).get("data") != found:
-            raise UserError(f"{shown(path)} is of other data than {data_dir} has now; choose another folder with --out")
+            raise UserError(f"{shown(path)} is of other data than {data_dir} has now, or from before results recorded it; choose another folder with --out")
     return found
 
 

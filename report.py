@@ -379,7 +379,7 @@ def draw(tables, points, folder):
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    # One colour a method in all figures.
+    # One colour a method in all figures; matplotlib has ten, then they come again.
     labels = sorted({row.label for table in tables for row in table.rows} - {"baseline"})
     colors = {"baseline": "black"} | {label: f"C{number}" for number, label in enumerate(labels)}
 

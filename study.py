@@ -22,7 +22,7 @@ AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed
 
 def plans(options, flags):
     """[(flags, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
-    for name in (flag.removeprefix("--").partition("=")[0] for flag in flags):
+    for name in (flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")):
         if name in AXES:
             raise UserError(f"--{name}: a study has --{AXES[name]}, joined by commas")
         if name in ("resume", "out", "budget_steps"):

@@ -340,6 +340,7 @@ def locked_log(folder, resume):
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
+    is_new = not (folder / "log.jsonl").exists()
     with open(folder / "log.jsonl", "a") as log:
         try:
             import fcntl
@@ -356,7 +357,7 @@ def locked_log(folder, resume):
         try:
             yield log
         finally:
-            if not (folder / "config.json").exists():  # the plan was refused: nothing of it stays
+            if is_new and not (folder / "config.json").exists():  # the plan was refused: nothing of it stays
                 with contextlib.suppress(OSError):
                     (folder / "log.jsonl").unlink()
                     folder.rmdir()
