@@ -246,12 +246,16 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=20):
                         raise UserError(f"{method} or the baseline beside it failed: {Path(messages.name).read_text()[-500:]}")
                 lines, others = ([json.loads(line) for line in (Path(folder) / name / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")] for name in ("mine", "beside"))
             records[method] = [line for line in lines if "loss" in line]
+            if not others:
+                raise UserError(f"{method} ended before the baseline beside it made an update: this machine is too busy to compare them; try again")
             local = [statistics.mean(line["charged_seconds"] / line["factor"] for line in run) for run in (records[method], others)]
             ratios.setdefault(method, []).append(local[0] / local[1])
             memory[method] = usage.ru_maxrss / 2**20  # of kB
         torch.set_num_threads(half)  # as the runs
-        constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
-        torch.set_num_threads(threads)
+        try:
+            constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
+        finally:
+            torch.set_num_threads(threads)
         full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
         rho_options, sophia_options = (train.resolve({"model": model, "size": "small", "device": "cpu", "method": method}).options for method in ("rho", "sophia"))
         scored = {  # rows that are scored for each that is trained on

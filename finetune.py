@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import model as models
 import tasks
-from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer
+from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer, one_at_a_time
 from errors import Parser, UserError, exits_on_user_error
 from train import DTYPES, ROOT, check_device, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
 
@@ -364,7 +364,8 @@ def main(arguments=None):
                     say(f"  {label}: kept")
                     continue
                 started = time.perf_counter()
-                training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
+                with one_at_a_time(data_dir):
+                    training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
                 data = data_checksum(training, evaluated, out, name, data_dir)
                 model, tokenizer = load_run(folder, device, recipe.dropout, options.untrained, seed)
                 if kind == "bert" and recipe.max_length > model.config.max_length:

@@ -460,7 +460,7 @@ def main(arguments=None):
             if row.runs and table.budget[0]:
                 points.setdefault(table.family, {}).setdefault(row.label, []).append((table.budget[0], row.mean_loss()))
     for table in tables:
-        here = [record_of(row, table, points.get(table.family, {}).get("baseline", [])) for row in table.rows]
+        here = [record_of(row, table, points.get(table.family, {}).get(table.baseline and table.baseline.label, [])) for row in table.rows]
         records += here
         print(f"## {table.title}\n\n{markdown(here)}\n")
         if table.baseline:

@@ -1873,6 +1873,12 @@ def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
     (run / "result.json").unlink()
     with pytest.raises(UserError, match="another run was started here"), train.locked_log(run, resume=False):
         pass
+    (run / "config.json").unlink()
+    log = (run / "log.jsonl").read_bytes()
+    for folder in (run, tmp_path / "new"):  # a plan that is refused takes away its own log, and no other's
+        with pytest.raises(UserError, match="refused"), train.locked_log(folder, resume=False):
+            raise UserError("refused")
+    assert log and (run / "log.jsonl").read_bytes() == log and not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
@@ -2079,10 +2085,18 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit):
             finetune.main([*flags, *changed])
         assert f"is of another recipe or model: {message}" in capsys.readouterr().err
+    first = list(module.TASKS)[0]
+    path = tmp_path / "out" / f"{first}-seed0.json"
+    found = path.read_text()
+    path.write_text(json.dumps({name: value for name, value in json.loads(found).items() if name != "data"}))
+    with pytest.raises(SystemExit):
+        finetune.main([*flags, "--seeds=2", f"--task={first}"])
+    assert f"{first}-seed0.json is of other data than" in capsys.readouterr().err
+    path.write_text(found)
     load = module.load
     monkeypatch.setattr(module, "load", lambda *arguments: (load(*arguments)[0][1:], load(*arguments)[1]))  # a training row less
     with pytest.raises(SystemExit):
-        finetune.main([*flags, "--seeds=2", f"--task={list(module.TASKS)[0]}"])
+        finetune.main([*flags, "--seeds=2", f"--task={first}"])
     assert "is of other data than" in capsys.readouterr().err
 
 
@@ -2324,6 +2338,26 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
         superglue.load("cb", tmp_path / "data", url)
 
 
+def test_who_misses_the_same_files_waits(tmp_path, capsys):
+    """Two at once, as two processes: the second one gets to work when the first one is done."""
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait(10)
+        with prepare.one_at_a_time(tmp_path / "data"):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    with prepare.one_at_a_time(tmp_path / "data"):
+        inside.set()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"] and f"waiting for another process at work on {tmp_path / 'data'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -2488,6 +2522,8 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     for flag, message in (("--size=huge", "--size"), ("--method=lion", "a study has --methods"), ("--seed=3", "a study has --seeds"), ("--budget_steps=3", "counts hours"), ("--data=none", "--data=none: not prepared")):
         wrong = command(*flags, flag, project=project)
         assert wrong.returncode == 2 and message in wrong.stderr and "[1 of 4]" not in wrong.stdout
+    wrong = command(*flags, "--data", "seed", project=project)  # a flag's value is no flag
+    assert wrong.returncode == 2 and "--data=seed: not prepared" in wrong.stderr
 
 
 def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder):

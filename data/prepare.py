@@ -19,6 +19,7 @@ import argparse
 import ast
 import base64
 import collections
+import contextlib
 import functools
 import glob
 import gzip
@@ -389,6 +390,31 @@ def check_gzip(path):
             pass
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Other processes that come here with the same folder wait, so that what they all miss is downloaded once. (Where the system or
+    the file system has no such locks they do not.)"""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process at work on {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def download(url, path, check=check_gzip):
     """Fetches `url` into `path`; goes on where a broken download stopped; the whole is checked.
 
@@ -588,10 +614,10 @@ def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base
         if not 1 <= shards <= C4_SHARDS:
             raise UserError(f"--shards={shards}: C4 has shards 1 to {C4_SHARDS}")
         downloads = folder.parent / "downloads"
-        downloads.mkdir(parents=True, exist_ok=True)
         names = [f"c4-train.{index:05d}-of-{C4_SHARDS:05d}.json.gz" for index in range(shards)]
-        for file in names:
-            download(f"{base_url}/{file}", downloads / file)
+        with one_at_a_time(downloads):
+            for file in names:
+                download(f"{base_url}/{file}", downloads / file)
         source = {"files": base_url, "shards": shards}
         found = [downloads / file for file in names]
     else:

@@ -105,7 +105,8 @@ def check_published(sha256=None):
 
 
 def fetch_zip(url, folder, needed, sha256=None):
-    """Makes `folder` from the top folder of a published zip file, unless it has the file `needed` already."""
+    """Makes `folder` from the top folder of a published zip file, unless it has the file `needed` already. One process at a time:
+    `finetune.py` sees to it."""
     if (folder / needed).exists():
         return
     if folder.exists() and any(folder.iterdir()):
@@ -121,8 +122,7 @@ def fetch_zip(url, folder, needed, sha256=None):
         tops = {name.partition("/")[0] for name in members}
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
-        if not folder.exists():  # or else another process was faster
-            (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
+        (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink(missing_ok=True)
