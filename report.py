@@ -367,8 +367,9 @@ def recipes_of(rows):
 # -- Figures -------------------------------------------------------------------------------------------------
 
 
-def draw(tables, points, folder):
-    """Writes the figures; returns their paths. `points`: {family: {label: [(budget hours, final loss)]}}."""
+def draw(tables, points, speed_ups, folder):
+    """Writes the figures; returns their paths. `points`: {family: {label: [(budget hours, final loss)]}}; `speed_ups` as `points`, of
+    what `speed_up` said."""
     try:
         import matplotlib
     except ImportError:
@@ -426,9 +427,8 @@ def draw(tables, points, folder):
             axes.plot(*zip(*own), marker="o", color=colors[label], label=label)
         by_budget(axes, "budgets", "final validation loss (nats)")
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for label, own in by_method.items():
-            speeds = [(hours, speed_up(by_method.get("baseline", []), loss, hours)) for hours, loss in own]
-            if known := [point for point in speeds if isinstance(point[1], float)]:  # inside the baseline's budgets
+        for label, own in speed_ups[family].items():
+            if known := [point for point in own if isinstance(point[1], float)]:  # inside the baseline's budgets
                 axes.plot(*zip(*known), marker="o", color=colors[label], label=label)
         if axes.lines:
             axes.axhline(1.0, color="black", linewidth=0.5)
@@ -454,7 +454,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     runs = find_runs(options.runs)
     tables = tables_of(runs)
-    points, records = {}, []
+    points, speed_ups, records = {}, {}, []
     for table in tables:
         for row in table.rows:
             if row.runs and table.budget[0]:
@@ -462,6 +462,8 @@ def main(arguments=None):
     for table in tables:
         here = [record_of(row, table, points.get(table.family, {}).get(table.baseline and table.baseline.label, [])) for row in table.rows]
         records += here
+        for record in here:
+            speed_ups.setdefault(table.family, {}).setdefault(record["method"], []).append((table.budget[0], record["speed_up"]))
         print(f"## {table.title}\n\n{markdown(here)}\n")
         if table.baseline:
             print(f"{table.baseline.label}: {', '.join(f'{name} {value}' for name, value in table.baseline.settings.items() if name != 'method')}")
@@ -483,7 +485,7 @@ def main(arguments=None):
             writer.writerows(records)
         print(f"written: {options.csv}")
     if options.figures:
-        for path in draw(tables, points, Path(options.figures)):
+        for path in draw(tables, points, speed_ups, Path(options.figures)):
             print(f"drawn: {path}")
 
 

@@ -2493,6 +2493,18 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     assert "neither the folder of a run nor a folder with runs" in capsys.readouterr().err
 
 
+def test_difference_and_speed_up_are_to_the_same_baseline(tmp_path, capsys):
+    runs, other = tmp_path / "runs", {"lr": 0.5}
+    for seed, (hours, loss) in enumerate([(1.0, 4.0), (2.0, 3.0), (8.0, 2.0)]):
+        write_run(runs / f"plain{hours}", [loss], hours=hours, seed=seed)
+    for hours, loss in ((4.0, 4.0), (16.0, 3.0)):  # at these budgets there is no other baseline
+        write_run(runs / f"other{hours}", [loss], hours=hours, config=other)
+    write_run(runs / "stacking", [3.5], "stacking", hours=4.0)
+    report.main([str(runs), f"--figures={tmp_path / 'figures'}"])
+    one = next(part for part in capsys.readouterr().out.split("## ") if ", 4 h of" in part)
+    assert "| stacking | 1 | 3.5000 ± – | -0.5000 ± – (paired, 1) | 2.00 |" in one and "| baseline lr=0.5 | 1 | 4.0000 ± – | – | 1.00 |" in one
+
+
 def test_report_reads_real_runs(finished_runs, capsys):
     report.main([str(finished_runs["bert"]), str(finished_runs["t5"])])
     output = capsys.readouterr().out
