@@ -6,8 +6,8 @@ import functools
 import os
 import sys
 
-# What the file system says when a path is wrong, closed to us, or full.
-OF_THE_FILE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# What the file system says when a path is wrong, closed to us, taken, or on a full disk.
+OF_THE_FILE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class UserError(Exception):

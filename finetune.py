@@ -30,7 +30,7 @@ import model as models
 import tasks
 from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer, one_at_a_time
 from errors import Parser, UserError, exits_on_user_error
-from train import DTYPES, ROOT, check_device, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
+from train import DTYPES, ROOT, SEEDS, check_device, flush_denormals, git_commit, is_out_of_memory, keep_freed_memory, read_json, say, shown, write_json
 
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
@@ -283,10 +283,10 @@ def check_results(out, identity):
                 raise UserError(f"{shown(path)} is of another recipe or model: its {name} is {theirs.get(name)}, now it is {ours}; choose another folder with --out")
 
 
-def data_checksum(training, evaluated, out, name, data_dir):
-    """What tells a task's data from other data; refuses those that other seeds' results of the task in `out` are not of. (Of the
-    training rows only how many: sni's seeds draw their own.)"""
-    found = zlib.crc32(repr((len(training), evaluated)).encode())
+def data_checksum(training, evaluated, suite, out, name, data_dir):
+    """What tells a task's data from other data; refuses those that other seeds' results of the task in `out` are not of. Where every
+    seed draws its own training rows, only their number counts."""
+    found = zlib.crc32(repr((training if suite.SAME_ROWS else len(training), evaluated)).encode())
     for path in sorted(out.glob(f"{name}-seed*.json")):
         if read_json(path).get("data") != found:
             raise UserError(f"{shown(path)} is of other data than {data_dir} has now, or from before results recorded it; choose another folder with --out")
@@ -336,10 +336,10 @@ def main(arguments=None):
         raise UserError(f"--task={unknown[0]}: {options.suite} has {', '.join(suite.TASKS)}")
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else recipe.seeds
-        if min(seeds) < 0:
+        if not 0 <= min(seeds) <= max(seeds) < SEEDS:
             raise ValueError
     except ValueError:
-        raise UserError(f"--seeds={options.seeds}: expected whole numbers from 0, joined by commas") from None
+        raise UserError(f"--seeds={options.seeds}: expected whole numbers from 0 to below {SEEDS}, joined by commas") from None
     kind = kind_of(folder)
     if kind != suite.MODEL:
         raise UserError(f"--suite={options.suite} is for {suite.MODEL}; {folder} is a {kind}")
@@ -350,26 +350,29 @@ def main(arguments=None):
     flush_denormals()
     data_dir = Path(options.data_dir) if options.data_dir else ROOT / "data" / options.suite
     out = Path(options.out) if options.out else folder / "finetuned" / (options.suite + ("-untrained" if options.untrained else ""))
-    out.mkdir(parents=True, exist_ok=True)
     identity = identity_of(folder, options, recipe)
     check_results(out, identity)
+    model, _ = load_run(folder, device, recipe.dropout, options.untrained, 0)  # what is damaged or missing is named before anything is downloaded
+    if kind == "bert" and recipe.max_length > model.config.max_length:
+        raise UserError(f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} tokens")
     say(f"{shown(folder)}{', untrained,' if options.untrained else ''} on {', '.join(chosen)} of {options.suite}; results in {shown(out)}")
     say(f"  recipe   lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup_share:g}, batch {recipe.batch}, {recipe.epochs} epochs, "
         f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, {recipe.dtype}, seeds {', '.join(map(str, seeds))}")  # fmt: skip
     try:
-        for seed in seeds:
-            for name in chosen:
+        for name in chosen:
+            data = None
+            for seed in seeds:
                 path, label = out / f"{name}-seed{seed}.json", f"{name} seed {seed}"
-                if path.exists():
+                started, is_kept = time.perf_counter(), path.exists()
+                if (not is_kept or options.data_dir) and (data is None or not suite.SAME_ROWS):  # what is kept must be of a folder that was named
+                    with one_at_a_time(data_dir):
+                        training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
+                    data = data_checksum(training, evaluated, suite, out, name, data_dir)
+                if is_kept:
                     say(f"  {label}: kept")
                     continue
-                started = time.perf_counter()
-                with one_at_a_time(data_dir):
-                    training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
-                data = data_checksum(training, evaluated, out, name, data_dir)
+                out.mkdir(parents=True, exist_ok=True)
                 model, tokenizer = load_run(folder, device, recipe.dropout, options.untrained, seed)
-                if kind == "bert" and recipe.max_length > model.config.max_length:
-                    raise UserError(f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} tokens")
                 model.autocast_dtype = DTYPES[recipe.dtype]
                 torch.manual_seed(seed)  # of the classifier
                 learner = KINDS[kind](model, tokenizer, suite.TASKS[name], recipe).to(device)
@@ -387,7 +390,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         say("stopped; what is finished is kept, and the same command goes on with the rest")
         raise
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"out of memory with --batch={recipe.batch} --max_length={recipe.max_length}: this device is too small for the recipe") from None
     say("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
     results, problems = tasks.results(out)

@@ -17,6 +17,8 @@ import json
 import math
 import re
 import statistics
+import typing
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,15 @@ NOT_A_SETTING = {"seed", "device", "threads", "reference", "checkpoint_minutes",
 NUMBERS = ("validation_loss", "updates", "rows", "charged_seconds", "free_seconds", "cut_seconds", "wall_seconds")
 
 
+class Score(typing.NamedTuple):
+    """What is measured after fine-tuning, and how: scores of one kind may be compared, and averaged."""
+
+    suite: str
+    task: str
+    metric: str
+    setup: str  # the recipe, whether the weights were pre-trained, and which data it was, as JSON
+
+
 @dataclass
 class Run:
     """A folder that `train.py` made."""
@@ -44,17 +55,26 @@ class Run:
     problem: str  # why it is in no mean, or what is damaged; empty for a finished, whole run
 
     def __post_init__(self):
-        """Reads what finetune.py left: `scores`, {(folder, task, metric): {"last": mean over the fine-tuning seeds, "best": ...}};
-        `recipes`, [(folder, recipe)]; and `problems`, of the run and of these."""
-        self.scores, self.recipes, self.problems = {}, [], [self.problem] if self.problem else []
-        for folder in sorted((self.folder / "finetuned").glob("*")):
-            name = folder.name.removesuffix("-untrained")
-            if name in tasks.suites():
-                results, problems = tasks.results(folder)
-                self.problems += problems
-                self.recipes += [(folder.name, {part: value for part, value in result["identity"].items() if part != "weights"}) for result in results]
-                for task, metrics in tasks.summary(results, tasks.find(name)).items():
-                    self.scores |= {(folder.name, task, metric): {kind: statistics.mean(seeds.values()) for kind, seeds in kinds.items()} for metric, kinds in metrics.items()}
+        """Reads what finetune.py left: `scores`, {Score: {"last": {seed of the fine-tuning: [scores]}, "best": ...}}, and `problems`, of
+        the run and of these."""
+        self.scores, self.problems = {}, [self.problem] if self.problem else []
+        for folder in sorted(path for path in (self.folder / "finetuned").glob("*") if path.is_dir()):
+            results, problems = tasks.results(folder)
+            self.problems += problems
+            setups = {json.dumps({name: value for name, value in result["identity"].items() if name != "weights"}, sort_keys=True) for result in results}
+            if len(setups) > 1:
+                self.problems.append(f"{folder}: its results are of {len(setups)} recipes, which finetune.py never makes; none of them is shown")
+            if len(setups) != 1:
+                continue
+            setup = json.loads(*setups)
+            data = {result["task"]: {name: result[name] for name in ("data", "training_rows")} for result in results}
+            data["all"] = {"data": zlib.crc32(json.dumps(data, sort_keys=True).encode())}
+            for task, metrics in tasks.summary(results, tasks.find(setup["suite"])).items():
+                for metric, kinds in metrics.items():
+                    score = Score(setup["suite"], task, metric, json.dumps(setup | data[task], sort_keys=True))
+                    for kind, seeds in kinds.items():
+                        for seed, value in seeds.items():
+                            self.scores.setdefault(score, {"last": {}, "best": {}})[kind].setdefault(seed, []).append(value)
 
 
 def read(folder):
@@ -83,6 +103,8 @@ def read(folder):
     except (OSError, ValueError, TypeError) as error:
         result, problem = {}, f"damaged: result.json ({error})"
     validations, damage = read_validations(folder, config)
+    if changed := [name for name in sorted(result.get("config", {}).keys() - NOT_A_SETTING) if result["config"][name] != config.get(name)]:
+        problem = f"resumed with another {changed[0]}, {config.get(changed[0])} and then {result['config'][changed[0]]}; it stands where it began"
     return Run(folder, config, result, validations, problem or damage)
 
 
@@ -180,14 +202,17 @@ class Row:
             found[run.config["seed"]].append(run.result["validation_loss"])
         return found
 
-    def scores(self):
-        """{(folder, task, metric): {"last": [score of each run], "best": [...]}}"""
-        found = collections.defaultdict(lambda: {"last": [], "best": []})
-        for run in self.runs:
-            for place, kinds in run.scores.items():
-                for kind, score in kinds.items():
-                    found[place][kind].append(score)
-        return found
+    def scores(self, score):
+        """(what is counted, {"last": {its seed: [scores]}, "best": ...}) of a kind of score: the runs, or, where only one has it, its
+        seeds of the fine-tuning. None without any."""
+        having = [run for run in self.runs if score in run.scores]
+        if len(having) < 2:
+            return ("seed", having[0].scores[score]) if having else None
+        found = {"last": collections.defaultdict(list), "best": collections.defaultdict(list)}
+        for run in having:
+            for kind, seeds in run.scores[score].items():
+                found[kind][run.config["seed"]].append(statistics.mean(map(statistics.mean, seeds.values())))
+        return "run", found
 
     def mean_loss(self):
         """The mean over seeds, one that ran twice counts once; None without a run."""
@@ -277,9 +302,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def record_of(row, table, points):
+def record_of(row, table, points, titles):
     """A row of a table as {column: value}, None where it is missing. `points`: the baseline's (budget hours, final loss) at all
-    budgets of the family."""
+    budgets of the family; `titles`: of the fine-tuning's scores."""
     means = [statistics.mean(values) for values in row.losses().values()]
     record = dict.fromkeys(COLUMNS) | {"group": table.title, "reference": table.reference, "method": row.label, "n": len(means), "settings": json.dumps(row.settings)}
     record |= dict(zip(BUDGET, table.budget))
@@ -297,8 +322,12 @@ def record_of(row, table, points):
         ("cut_share", lambda result: result["cut_seconds"] / max(result["charged_seconds"], 1e-9)),
     ):  # fmt: skip
         record[name] = statistics.mean(value(run.result) for run in row.runs)
-    for place, kinds in row.scores().items():
-        record |= {" ".join([*place, kind]): statistics.mean(scores) for kind, scores in kinds.items()}
+    for score, title in titles.items():
+        if found := row.scores(score):
+            for kind, seeds in found[1].items():
+                values = list(map(statistics.mean, seeds.values()))
+                record |= {f"{title} {kind}": statistics.mean(values), f"{title} {kind} deviation": statistics.stdev(values) if len(values) > 1 else None}
+            record[f"{title} n"] = tasks.counted(len(values), found[0])
     return record
 
 
@@ -341,27 +370,48 @@ def markdown(records):
     return "\n".join(lines)
 
 
-def downstream_markdown(rows):
-    """Scores after the last epoch, and the best one, by task: over a row's runs, each the mean of its fine-tuning seeds; "" if
-    there are none."""
-    found = [(row.label, row.scores()) for row in rows]
-    places = sorted({place for _, scores in found for place in scores})
-    if not places:
+def titles_of(runs):
+    """{Score: title} of all kinds of scores that the runs have: what tells it from the others of its suite is named."""
+    found = sorted({score for run in runs for score in run.scores})
+    setups = {score: json.loads(score.setup) for score in found}
+    titles = {}
+    for score, setup in setups.items():
+        alike = [setups[other] for other in found if other[:3] == score[:3]]
+        telling = [name for name in setup if name != "untrained" and any(other.get(name) != setup[name] for other in alike)]
+        titles[score] = " ".join([score.suite, *["untrained"] * setup["untrained"], score.task, score.metric, *(f"{name}={setup[name]}" for name in telling)])
+    return titles
+
+
+def gain(row, score):
+    """The difference of a kind of score to the same without pre-training, as `difference` says it, or None if one of them is missing."""
+    setup = json.loads(score.setup)
+    pair = [row.scores(score._replace(setup=json.dumps(setup | {"untrained": untrained}, sort_keys=True))) for untrained in (False, True)]
+    if setup["untrained"] or not all(pair) or pair[0][0] != pair[1][0]:
+        return None
+    mean, half, how = difference(*(kinds["last"] for _, kinds in pair))
+    return f"{100 * mean:+.1f} ± {MISSING if half is None else format(100 * half, '.1f')} points, 95% ({how})"
+
+
+def downstream_markdown(rows, titles):
+    """Scores after the last epoch, and the best one, by task, what pre-training adds to them, and how they were made; "" if there are
+    none."""
+    present = [score for score in titles if any(row.scores(score) for row in rows)]
+    if not present:
         return ""
-    lines = ["| method | " + " | ".join(" ".join(place) for place in places) + " |", "|---" * (len(places) + 1) + "|"]
-    for label, scores in found:
-        cells = [f"{tasks.percent(scores[place]['last'])}, best {tasks.percent(scores[place]['best'])}" if place in scores else MISSING for place in places]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines = ["| method | " + " | ".join(titles[score] for score in present) + " |", "|---" * (len(present) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for score in present:
+            unit, kinds = row.scores(score) or (None, None)
+            cells.append(", best ".join(tasks.percent(map(statistics.mean, kinds[kind].values()), unit) for kind in ("last", "best")) if unit else MISSING)
+        lines.append(f"| {row.label} | {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"{row.label}, {titles[score]}, last epoch: pre-trained minus untrained {found}" for row in rows for score in present if (found := gain(row, score))]
+    for suite in sorted({score.suite for score in present}):
+        setups = [json.loads(score.setup) for score in present if score.suite == suite]
+        shared = {name: value for name, value in setups[0].items() if name not in ("suite", "data", "untrained") and all(setup.get(name) == value for setup in setups)}
+        lines.append(f"{suite}: {', '.join(f'{name} {value}' for name, value in shared.items())}")
     return "\n".join(lines)
-
-
-def recipes_of(rows):
-    """The fine-tuning recipes that the rows' scores were made with: {folder name: [recipe]}."""
-    found = collections.defaultdict(list)
-    for name, recipe in (pair for row in rows for run in row.runs for pair in run.recipes):
-        if recipe not in found[name]:
-            found[name].append(recipe)
-    return found
 
 
 # -- Figures -------------------------------------------------------------------------------------------------
@@ -454,13 +504,13 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     runs = find_runs(options.runs)
     tables = tables_of(runs)
-    points, speed_ups, records = {}, {}, []
+    points, speed_ups, records, titles = {}, {}, [], titles_of(runs)
     for table in tables:
         for row in table.rows:
             if row.runs and table.budget[0]:
                 points.setdefault(table.family, {}).setdefault(row.label, []).append((table.budget[0], row.mean_loss()))
     for table in tables:
-        here = [record_of(row, table, points.get(table.family, {}).get(table.baseline and table.baseline.label, [])) for row in table.rows]
+        here = [record_of(row, table, points.get(table.family, {}).get(table.baseline and table.baseline.label, []), titles) for row in table.rows]
         records += here
         for record in here:
             speed_ups.setdefault(table.family, {}).setdefault(record["method"], []).append((table.budget[0], record["speed_up"]))
@@ -470,10 +520,8 @@ def main(arguments=None):
         finished = [run.result for row in table.rows for run in row.runs]
         for title, what in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
             print(f"{title}: {', '.join(sorted({str(result.get(what) or MISSING) for result in finished})) or MISSING}")
-        if scores := downstream_markdown(table.rows):
-            print(f"\nFine-tuned, in percent, mean ± standard deviation (runs):\n\n{scores}\n")
-            for folder, recipes in recipes_of(table.rows).items():
-                print(f"{folder}: " + ("recipes differ, do not compare these scores: " if len(recipes) > 1 else "") + "; ".join(json.dumps(recipe) for recipe in recipes))
+        if scores := downstream_markdown(table.rows, titles):
+            print(f"\nFine-tuned, in percent, mean ± standard deviation over the runs, of a single run over its fine-tuning seeds:\n\n{scores}")
         print()
     for run in runs:
         for problem in run.problems:

@@ -21,7 +21,7 @@ AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed
 
 
 def plans(options, flags):
-    """[(flags, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
+    """[(flags, these as values, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
     for name in (flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")):
         if name in AXES:
             raise UserError(f"--{name}: a study has --{AXES[name]}, joined by commas")
@@ -30,12 +30,22 @@ def plans(options, flags):
     found, corpora = [], set()
     for seed, budget, model, method in itertools.product(*(getattr(options, name).split(",") for name in ("seeds", "budgets", "models", "methods"))):
         own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}", f"--seed={seed}", *flags]
-        config = train.resolve(train.parse(own)[0])
+        typed = train.parse(own)[0]
+        config = train.resolve(typed)
         if (corpus := (config.model, config.data, config.vocabulary)) not in corpora:
             train.open_corpus(config)
             corpora.add(corpus)
-        found.append((own, config))
+        found.append((own, typed, config))
     return found
+
+
+def check_finished(folder, typed):
+    """Refuses a finished run that was made with another precision or the like than the study's flags say: an hour bought it other
+    updates."""
+    made_with = train.read_json(folder / "config.json")
+    for name in ("dtype", "compile", "micro_batch", "threads"):
+        if name in typed and made_with.get(name) != typed[name]:
+            raise UserError(f"is finished with --{name}={made_with.get(name)}, not {typed[name]}; move its folder away to run it again")
 
 
 @exits_on_user_error
@@ -58,16 +68,18 @@ def main(arguments=None):
     todo = plans(options, flags)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    for number, (own, config) in enumerate(todo, 1):
+    for number, (own, typed, config) in enumerate(todo, 1):
         try:
             folder, state = train.find_run(config)
-        except UserError as error:  # a damaged folder in its place
+            if state == "finished":
+                check_finished(folder, typed)
+        except UserError as error:  # a damaged folder in its place, or another run's
             failed.append(f"{train.plan_name(config)} ({error})")
             continue
         print(f"[{number} of {len(todo)}] {train.shown(folder)}: {state}", flush=True)
         if state != "finished" and not stopped:
-            this = [f"--resume={train.shown(folder)}"] if state == "interrupted" else [*own, f"--out={train.shown(folder)}"]
-            run = subprocess.Popen([*launch, train.shown(train.ROOT / "train.py"), *this])
+            place = "resume" if state == "interrupted" else "out"
+            run = subprocess.Popen([*launch, train.shown(train.ROOT / "train.py"), *own, f"--{place}={train.shown(folder)}"])
             if stopped:  # while it was starting
                 run.terminate()
             status, run = run.wait(), None

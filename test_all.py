@@ -1788,6 +1788,7 @@ def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, 
         (["--size=huge"], "invalid choice: 'huge'"),
         (["--lr=fast"], "invalid float value: 'fast'"),
         (["--budget_hours=0"], "--budget_hours=0.0: expected a number above 0"),
+        ([f"--seed={2**32}"], f"--seed={2**32}: expected a number from 0 to below {2**32}"),
         (["--budget_steps=-3"], "--budget_steps=-3: expected a number at least 1"),
         (["--budget_hours=nan"], "--budget_hours=nan"),
         (["--budget_hours=1", "--budget_steps=2"], "two budgets"),
@@ -2063,7 +2064,7 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
     assert len(before) == (2 if suite != "sni" else 0)
     monkeypatch.setattr(finetune, "finetune", lambda *arguments: begun.append(arguments[-1]) or original(*arguments))
     finetune.main([*flags, f"--task={everything}"])
-    assert begun[len(before) + (suite != "sni") :] == [f"{name} seed {seed}" for seed in (0, 1) for name in module.TASKS][len(before) :]
+    assert begun[len(before) + (suite != "sni") :] == [f"{name} seed {seed}" for name in module.TASKS for seed in (0, 1)][len(before) :]
     assert all(path.read_bytes() == content for path, content in before.items())
     output = capsys.readouterr().out
     for name, task in module.TASKS.items():
@@ -2093,11 +2094,13 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
         finetune.main([*flags, "--seeds=2", f"--task={first}"])
     assert f"{first}-seed0.json is of other data than" in capsys.readouterr().err
     path.write_text(found)
-    load = module.load
-    monkeypatch.setattr(module, "load", lambda *arguments: (load(*arguments)[0][1:], load(*arguments)[1]))  # a training row less
-    with pytest.raises(SystemExit):
-        finetune.main([*flags, "--seeds=2", f"--task={first}"])
-    assert "is of other data than" in capsys.readouterr().err
+    load, seeds = module.load, ["--seeds=2"] if suite == "sni" else ["--seeds=0,1", "--seeds=2"]
+    changed = (lambda rows: rows[1:]) if suite == "sni" else (lambda rows: [dataclasses.replace(rows[0], texts=("other",)), *rows[1:]])
+    monkeypatch.setattr(module, "load", lambda *arguments: (changed(load(*arguments)[0]), load(*arguments)[1]))
+    for flag in seeds:  # to make one, and where all is kept
+        with pytest.raises(SystemExit):
+            finetune.main([*flags, flag, f"--task={first}"])
+        assert "is of other data than" in capsys.readouterr().err
 
 
 def test_glue_reads_what_is_published(tmp_path, capsys):
@@ -2280,7 +2283,7 @@ def test_untrained_results_have_a_folder_of_their_own(finished_runs, tmp_path, c
     results = [json.loads((run / "finetuned" / name / "sst2-seed3.json").read_text()) for name in ("glue", "glue-untrained")]
     assert [result["identity"]["untrained"] for result in results] == [False, True] and results[0]["epochs"] != results[1]["epochs"]
     report.main([str(run)])
-    assert "| method | glue sst2 accuracy | glue-untrained sst2 accuracy |" in capsys.readouterr().out
+    assert "| method | glue sst2 accuracy | glue untrained sst2 accuracy |" in capsys.readouterr().out
 
 
 def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monkeypatch):
@@ -2338,6 +2341,37 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
         superglue.load("cb", tmp_path / "data", url)
 
 
+def test_files_that_are_there_are_verified_too(tmp_path):
+    (tmp_path / "CoLA.zip").write_text("half of it")
+    with pytest.raises(UserError, match=r"CoLA.zip is not as published: its SHA-256 is .*; remove it"):
+        glue.load("cola", tmp_path, "no address")
+    (tmp_path / "natural-instructions.zip").write_text("half of it")
+    with pytest.raises(UserError, match=r"natural-instructions.zip is not as published: not a whole zip file"):
+        sni.load("sni", tmp_path, "no address")
+    (tmp_path / "MRPC").mkdir()
+    (tmp_path / "MRPC" / "msr_paraphrase_train.txt").write_text("")
+    with pytest.raises(UserError, match=r"msr_paraphrase_train.txt is not as published"):
+        glue.load("mrpc", tmp_path, "no address")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["CoLA.zip", "MRPC", "msr_paraphrase_train.txt", "natural-instructions.zip"]
+
+
+def test_fine_tuning_waits_for_who_is_at_its_files(finished_runs, tmp_path, capsys):
+    data, done = glue_files(tmp_path / "data"), []
+    flags = [str(finished_runs["bert"]), "--suite=glue", "--task=rte", f"--data_dir={data}", f"--out={tmp_path / 'out'}", "--seeds=0", "--epochs=1", "--threads=2"]
+    other = threading.Thread(target=lambda: done.append(finetune.main(flags)))
+    with prepare.one_at_a_time(data):
+        other.start()
+        for _ in range(600):
+            if "waiting for another process" in capsys.readouterr().out:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("it did not wait")
+        assert not (tmp_path / "out").exists()
+    other.join(60)
+    assert done and (tmp_path / "out" / "rte-seed0.json").exists()
+
+
 def test_who_misses_the_same_files_waits(tmp_path, capsys):
     """Two at once, as two processes: the second one gets to work when the first one is done."""
     order, inside = [], threading.Event()
@@ -2365,6 +2399,7 @@ def test_who_misses_the_same_files_waits(tmp_path, capsys):
         (["--suite=glue", "--task=rte,boolq"], "--task=boolq: glue has cola, mnli"),
         (["--suite=sni"], "--suite=sni is for t5;"),
         (["--suite=glue", "--seeds=a"], "expected whole numbers"),
+        (["--suite=glue", f"--seeds={2**32}"], f"--seeds={2**32}: expected whole numbers from 0 to below {2**32}"),
         (["--suite=glue", "--dropout=1"], "a dropout from 0 to below 1"),
         (["--suite=glue", "--device=gpu"], "expected cpu, cuda or cuda:NUMBER"),
         (["--suite=glue", "--threads=-1"], "expected at least 0"),
@@ -2375,7 +2410,7 @@ def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, 
     data = glue_files(tmp_path / "data")
     with pytest.raises(SystemExit) as stopped:
         finetune.main([str(finished_runs["bert"]), f"--out={tmp_path / 'out'}", *(flag.replace("GLUE", str(data)) for flag in flags)])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_only_a_finished_run_is_fine_tuned(finished_runs, tmp_path, capsys):
@@ -2404,6 +2439,14 @@ def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
     result = dict(validation_loss=losses[-1], updates=100, rows=800, charged_seconds=3600.0 * hours, free_seconds=36.0, cut_seconds=7.2, wall_seconds=7200.0, commit="abc", device="CPU", threads=2)
     (folder / "result.json").write_text(json.dumps(result | changes))
     return folder
+
+
+def write_score(folder, seed, score, data=1, **recipe):
+    """A result of finetune.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = {"suite": "glue", "weights": 5, "untrained": False, "lr": 0.001} | recipe
+    result = dict(task="rte", seed=seed, identity=identity, data=data, training_rows=9, last={"accuracy": score}, best={"accuracy": score + 0.1})
+    (folder / f"rte-seed{seed}.json").write_text(json.dumps(result))
 
 
 def test_differences_and_intervals_are_scipys():
@@ -2460,10 +2503,8 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     (write_run(runs / "config", [5.0]) / "config.json").write_text("{")
     (write_run(runs / "cut-log", [5.0], "sophia") / "log.jsonl").write_text('{"update": 1, "validation_loss": 4.0, "spent_seconds": 1.0}\n{"upd')
     for run, score in (("b0", 0.5), ("b1", 0.7), ("s0", 0.8)):
-        out = runs / run / "finetuned" / "glue"
-        out.mkdir(parents=True)
-        (out / "rte-seed0.json").write_text(json.dumps({"task": "rte", "seed": 0, "identity": {"weights": run, "lr": 1}, "last": {"accuracy": score}, "best": {"accuracy": score + 0.1}}))
-        (out / "rte-seed1.json").write_text(json.dumps({"task": "rte", "seed": 1, "identity": {"weights": run, "lr": 1 + (run == "s0")}, "last": {"accuracy": score + 0.02}, "best": {"accuracy": score + 0.1}}))
+        for seed in range(2):
+            write_score(runs / run / "finetuned" / "glue", seed, score + 0.02 * seed)
     (runs / "b2-0" / "finetuned" / "glue").mkdir(parents=True)
     (runs / "b2-0" / "finetuned" / "glue" / "rte-seed0.json").write_text("{")
     report.main([str(runs), f"--csv={tmp_path / 'table.csv'}", f"--figures={tmp_path / 'figures'}"])
@@ -2479,7 +2520,8 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     assert "| baseline | 4 | 3.0000 ± 0.2160 | – |" in one and "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |" in one and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
     assert "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one and "| lion | 0 | – | – | – |" in one
     assert "| 100 | 800 | 1 | 0.01 | 2 | 0.20% |" in one and "commits: abc" in one and re.search("^baseline: batch 8, beta1 .*, lr 0.001, ", one, re.MULTILINE)
-    assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2), best 70.0 ± 14.1 (2) |" in one and "| stacking | 81.0 (1), best 90.0 (1) |" in one and "glue: recipes differ" in one and "| lion | – |" in one
+    assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2 runs), best 71.0 ± 14.1 (2 runs) |" in one
+    assert "| stacking | 81.0 ± 1.4 (2 seeds), best 91.0 ± 1.4 (2 seeds) |" in one and "| lion | – |" in one and "\nglue: lr 0.001, training_rows 9\n" in one
     for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("cut-log", "damaged: log.jsonl"), ("b2-0", f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged (JSONDecodeError")):
         assert f"{runs / name}: {problem}" in output
     with open(tmp_path / "table.csv") as file:
@@ -2503,6 +2545,74 @@ def test_difference_and_speed_up_are_to_the_same_baseline(tmp_path, capsys):
     report.main([str(runs), f"--figures={tmp_path / 'figures'}"])
     one = next(part for part in capsys.readouterr().out.split("## ") if ", 4 h of" in part)
     assert "| stacking | 1 | 3.5000 ± – | -0.5000 ± – (paired, 1) | 2.00 |" in one and "| baseline lr=0.5 | 1 | 4.0000 ± – | – | 1.00 |" in one
+
+
+def test_scores_are_averaged_only_with_their_like(tmp_path, capsys):
+    """Other data, another recipe or another start is a column of its own, whatever its folder is called."""
+    runs = tmp_path / "runs"
+    places = {run: write_run(runs / run, [3.0], seed=seed) / "finetuned" for seed, run in enumerate("abc")}
+    for seed, (score, before) in enumerate([(0.80, 0.77), (0.82, 0.80), (0.84, 0.80)]):
+        write_score(places["a"] / "glue", seed, score)
+        write_score(places["a"] / "anything", seed, before, untrained=True)
+    report.main([str(runs), f"--csv={tmp_path / 'one.csv'}"])
+    one = capsys.readouterr().out
+    assert "| method | glue rte accuracy | glue untrained rte accuracy |" in one and "| baseline | 82.0 ± 2.0 (3 seeds), best 92.0 ± 2.0 (3 seeds) | 79.0 ± 1.7 (3 seeds), best 89.0 ± 1.7 (3 seeds) |" in one
+    assert "baseline, glue rte accuracy, last epoch: pre-trained minus untrained +3.0 ± 2.5 points, 95% (paired, 3)" in one  # 4.303 / 3**0.5
+    with open(tmp_path / "one.csv") as file:
+        record = next(csv.DictReader(file))
+    assert (float(record["glue rte accuracy last"]), float(record["glue rte accuracy last deviation"]), record["glue rte accuracy n"]) == (pytest.approx(0.82), pytest.approx(0.02), "3 seeds")
+    write_score(places["a"] / "glue-more", 3, 0.94)  # another seed of the same
+    write_score(places["b"] / "glue", 0, 0.95, data=2)
+    write_score(places["b"] / "rate", 0, 0.91, lr=0.5)
+    write_score(places["c"] / "glue", 0, 0.65)
+    write_score(places["c"] / "mixed", 0, 0.1)
+    write_score(places["c"] / "mixed", 1, 0.1, lr=0.5)
+    report.main([str(runs)])
+    two = capsys.readouterr().out
+    titles, cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in two.split("Fine-tuned")[1].splitlines() if re.match(r"\| (method|baseline)", line))
+    scores = {title: cell.partition(",")[0] for title, cell in zip(titles, cells)}
+    assert scores.pop("method") == "baseline" and scores == {
+        "glue rte accuracy data=1 lr=0.001": "75.0 ± 14.1 (2 runs)", "glue rte accuracy data=2 lr=0.001": "95.0 (1 seed)", "glue rte accuracy data=1 lr=0.5": "91.0 (1 seed)",
+        "glue untrained rte accuracy data=1 lr=0.001": "79.0 ± 1.7 (3 seeds)",
+    }  # fmt: skip
+    assert f"{runs / 'c' / 'finetuned' / 'mixed'}: its results are of 2 recipes" in two and "minus" not in two  # over runs here, over seeds there
+
+
+def test_a_run_that_changed_its_precision_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [3.0])
+    result = json.loads((run / "result.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"config": config | {"dtype": "bf16", "threads": 7}}))
+    report.main([str(run)])
+    assert f"{run}: resumed with another dtype, fp32 and then bf16" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_a_file_is_a_message(finished_runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for main, flags in ((report.main, [f"--figures={tmp_path / 'file'}"]), (finetune.main, ["--suite=glue", "--task=rte", f"--data_dir={tmp_path / 'file'}"])):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(finished_runs["bert"]), *flags])
+        assert stopped.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
+    """The rows of the study's tables in both pages are those of the runs that are kept in results/runs."""
+    here = Path(__file__).parent
+    report.main([str(here / "results" / "runs"), f"--csv={tmp_path / 'table.csv'}"])
+    shown = re.findall(r"^\| stacking \| 3 \| .*", (here / "README.md").read_text(), re.MULTILINE)
+    assert len(shown) == 1 and shown[0] in capsys.readouterr().out
+    with open(tmp_path / "table.csv") as file:
+        records = [r for r in csv.DictReader(file) if r["n"] == "3" and r["budget_hours"] == {"bert": "0.05", "t5": "0.1"}[r["model"]]]
+    assert len(records) == 14
+    for r in records:
+        loss, deviation = (format(float(r[name]), ".4f") for name in ("validation_loss", "standard_deviation"))
+        gap = f"{float(r['difference']):+.4f} ± {float(r['interval_95']):.4f}" if r["difference"] else ""
+        speed_up = [r["speed_up"] if r["speed_up"].startswith("<") else format(float(r["speed_up"]), ".2f")] if r["model"] == "bert" else []
+        row = " | ".join([r["method"], loss, deviation, gap, *speed_up, format(float(r["updates"]), ",.0f")])
+        assert f"| {row} |" in (here / "README.md").read_text()
+        runs = [here / "results" / "runs" / f"{r['model']}-tiny-{r['method']}-english-{r['budget_hours']}h-one-epyc-thread-seed{seed}" / "result.json" for seed in range(3)]
+        losses = [format(json.loads(path.read_text())["validation_loss"], ".4f") for path in runs]
+        assert f"| `{r['method']}` | {' | '.join([*losses, loss, deviation])} |" in (here / "results" / "README.md").read_text()
 
 
 def test_report_reads_real_runs(finished_runs, capsys):
@@ -2534,6 +2644,8 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     for flag, message in (("--size=huge", "--size"), ("--method=lion", "a study has --methods"), ("--seed=3", "a study has --seeds"), ("--budget_steps=3", "counts hours"), ("--data=none", "--data=none: not prepared")):
         wrong = command(*flags, flag, project=project)
         assert wrong.returncode == 2 and message in wrong.stderr and "[1 of 4]" not in wrong.stdout
+    other = command(*flags, "--dtype=bf16", project=project)
+    assert other.returncode == 2 and other.stderr.count("is finished with --dtype=fp32, not bf16; move its folder away") == 4
     wrong = command(*flags, "--data", "seed", project=project)  # a flag's value is no flag
     assert wrong.returncode == 2 and "--data=seed: not prepared" in wrong.stderr
 

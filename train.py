@@ -113,7 +113,8 @@ STUDY_REFERENCE = {"bert": "rtx3090", "t5": "a100"}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_LEAST_ONE = ("vocabulary", "row_length", "validation_rows", "budget_steps", "batch", "micro_batch", "validations")
 ABOVE_ZERO = ("budget_hours", "clip", "checkpoint_minutes")
-AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "seed", "threads")
+AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "threads")
+SEEDS = 2**32  # how many there are
 
 
 # -- Flags -------------------------------------------------------------------------------------------------
@@ -206,6 +207,7 @@ def check(config):
         (ABOVE_ZERO, lambda value: value > 0, "above 0"),
         (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
         (("holdout", "beta1", "beta2"), lambda value: 0 <= value < 1, "from 0 to below 1"),
+        (("seed",), lambda value: 0 <= value < SEEDS, f"from 0 to below {SEEDS}"),
     ):
         for name in names:
             value = getattr(config, name)
@@ -217,6 +219,11 @@ def check(config):
         if isinstance(value, (int, float)) and not (option.minimum <= value <= option.maximum and math.isfinite(value)):
             raise UserError(f"--{name}={value}: expected a number from {option.minimum:g}" + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else ""))
     rst.find_reference(config.reference)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device's memory is not enough; torch has several for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
 
 
 def check_device(device):
@@ -613,7 +620,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
             clock.probe_when_due()
         # ---------------------------------------------------------------------------------------
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+        if is_out_of_memory(error):
             raise UserError(f"out of memory with --micro_batch={config.micro_batch}; a smaller one gives the same result") from None
         raise
     finally:

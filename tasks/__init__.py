@@ -8,6 +8,7 @@ A suite is a file `tasks/NAME.py` with
     DEFAULT     the tasks of a run without --task
     AVERAGED    what the suite's score is the mean of: (task, metric) pairs
     URL         where the files are published
+    SAME_ROWS   whether the training rows are the same for every seed
     load(task, data_dir, url, seed)  (training rows, {suffix of the metrics' names: rows to evaluate on})
 
 For T5 a task also has `prompt(row, count_tokens, limit)`, the text that is read.
@@ -20,6 +21,7 @@ import os
 import shutil
 import statistics
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,22 +100,21 @@ def check_published(sha256=None):
         try:
             if not sha256 and zipfile.ZipFile(path).testzip():
                 raise ValueError("a member of the zip file is damaged")
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"not a zip file: {error}") from None
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"not a whole zip file: {error}") from None
 
     return check
 
 
 def fetch_zip(url, folder, needed, sha256=None):
     """Makes `folder` from the top folder of a published zip file, unless it has the file `needed` already. One process at a time:
-    `finetune.py` sees to it."""
+    `finetune.py` sees to it, where the system has locks."""
     if (folder / needed).exists():
         return
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} has files in it, but no {needed}; it should have them as published, or not be there")
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    print(f"{folder} is not there; downloading {url}")
     fetch(url, archive, folder, sha256)
     try:
         with zipfile.ZipFile(archive) as file:
@@ -122,16 +123,24 @@ def fetch_zip(url, folder, needed, sha256=None):
         tops = {name.partition("/")[0] for name in members}
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
-        (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
+        if not folder.exists():  # or another process was here first, on a system without locks
+            (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink(missing_ok=True)
 
 
 def fetch(url, path, folder, sha256=None):
-    """Downloads a published file and checks it; without a network it says what to do."""
+    """Downloads a published file, unless it is there, and checks it; without a network it says what to do."""
+    check = check_published(sha256)
+    if path.exists():
+        try:
+            return check(path)
+        except ValueError as error:
+            raise UserError(f"{path} is not as published: {error}; remove it, and it is downloaded") from None
+    print(f"{path} is not there; downloading {url}")
     try:
-        download(url, path, check_published(sha256))
+        download(url, path, check)
     except UserError as error:
         raise UserError(f"{error}; or put the published files into {folder} yourself (see --data_dir)") from None
 
@@ -146,7 +155,10 @@ def results(folder):
         try:
             result = json.loads(path.read_text())
             scores = {metric: {kind: float(result[kind][metric]) for kind in ("last", "best")} for metric in result["last"]}
-            found.append({"task": result["task"], "seed": int(result["seed"]), "identity": dict(result["identity"]), "scores": scores})
+            identity = dict(result["identity"])
+            if identity["suite"] not in suites() or not isinstance(identity["untrained"], bool):
+                raise ValueError(f"its suite is {identity['suite']!r}, its untrained {identity['untrained']!r}")
+            found.append({"task": result["task"], "seed": int(result["seed"]), "identity": identity, "data": result.get("data"), "training_rows": result.get("training_rows"), "scores": scores})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again")
     return found, problems
@@ -168,8 +180,12 @@ def summary(results, suite):
     return found
 
 
-def percent(scores):
-    """The mean in percent, the standard deviation, and how many there are: "61.2 ± 0.8 (3)"."""
+def percent(scores, unit="seed"):
+    """The mean in percent, the standard deviation, and how many there are: "61.2 ± 0.8 (3 seeds)"."""
     scores = list(scores)
     deviation = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{100 * statistics.mean(scores):.1f}{deviation} ({len(scores)})"
+    return f"{100 * statistics.mean(scores):.1f}{deviation} ({counted(len(scores), unit)})"
+
+
+def counted(number, unit):
+    return f"{number} {unit}{'s' * (number != 1)}"

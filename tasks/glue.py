@@ -19,6 +19,7 @@ from tasks.metrics import accuracy, f1, matthews, pearson, spearman
 MODEL = "bert"
 RECIPE = Recipe(lr=4e-5, epochs=5, batch=16, max_length=128, seeds=(0, 1, 2), warmup_share=0.1, beta2=0.98, dropout=0.1)
 URL = "https://dl.fbaipublicfiles.com"
+SAME_ROWS = True
 INCOMPLETE_LINES = 10  # of QQP, at most (three and one are known)
 
 TWO_WAY, THREE_WAY = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
@@ -122,9 +123,7 @@ def fetch_mrpc(folder, url):
     folder.mkdir(parents=True, exist_ok=True)
     for address, sha256 in ((TASKS["mrpc"].archive, TASKS["mrpc"].sha256), MRPC_DEV_IDS):
         path = folder / address.rpartition("/")[2]
-        if not path.exists():
-            print(f"{path} is not there; downloading {url}/{address}")
-            fetch(f"{url}/{address}", path, folder, sha256)
+        fetch(f"{url}/{address}", path, folder, sha256)
     dev_ids = {tuple(line.split("\t")[:2]) for _, line in lines(folder / MRPC_DEV_IDS[0].rpartition("/")[2])}
     (_, header), *rest = lines(folder / TASKS["mrpc"].archive.rpartition("/")[2])
     for part in ("dev", "train"):

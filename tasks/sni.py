@@ -28,6 +28,7 @@ RECIPE = Recipe(
     lr=5e-5, epochs=2, batch=8, max_length=1024, seeds=(2137,), schedule="constant", target_length=128, evaluate_every_epoch=False, dtype="fp32",
 )  # fmt: skip
 URL = "https://github.com/allenai/natural-instructions/archive/refs/tags/v2.8.zip"
+SAME_ROWS = False  # the seed draws them
 INSTANCES = 100  # of a task, at most
 EXAMPLES = 2  # in a prompt, at most
 

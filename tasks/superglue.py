@@ -22,6 +22,7 @@ from tasks.metrics import accuracy, exact_match, f1, macro_f1
 MODEL = "bert"
 RECIPE = dataclasses.replace(glue.RECIPE, lr=5e-5, epochs=10)
 URL = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
+SAME_ROWS = True
 
 
 @dataclass(frozen=True)
