@@ -12,6 +12,7 @@ also be a folder of transformers with a T5 (config.json, weights, spiece.model).
 
 import dataclasses
 import datetime
+import itertools
 import math
 import time
 import zlib
@@ -30,7 +31,7 @@ import model as models
 import tasks
 from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer, one_at_a_time
 from errors import Parser, UserError, exits_on_user_error
-from train import DTYPES, ROOT, SEEDS, check_device, flush_denormals, git_commit, is_out_of_memory, keep_freed_memory, read_json, say, shown, write_json
+from train import DTYPES, ROOT, SEEDS, check_device, explains_out_of_memory, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
 
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
@@ -286,9 +287,11 @@ def check_results(out, identity):
 def data_checksum(training, evaluated, suite, out, name, data_dir):
     """What tells a task's data from other data; refuses those that other seeds' results of the task in `out` are not of. Where every
     seed draws its own training rows, only their number counts."""
-    found = zlib.crc32(repr((training if suite.SAME_ROWS else len(training), evaluated)).encode())
+    found = zlib.crc32(repr(len(training)).encode())
+    for row in itertools.chain(training if suite.SAME_ROWS else [], *evaluated.values()):
+        found = zlib.crc32(repr((row.texts, row.label, row.group, row.references)).encode(), found)
     for path in sorted(out.glob(f"{name}-seed*.json")):
-        if read_json(path).get("data") != found:
+        if read_json(path).get("data_checksum") != found:
             raise UserError(f"{shown(path)} is of other data than {data_dir} has now, or from before results recorded it; choose another folder with --out")
     return found
 
@@ -352,9 +355,12 @@ def main(arguments=None):
     out = Path(options.out) if options.out else folder / "finetuned" / (options.suite + ("-untrained" if options.untrained else ""))
     identity = identity_of(folder, options, recipe)
     check_results(out, identity)
-    model, _ = load_run(folder, device, recipe.dropout, options.untrained, 0)  # what is damaged or missing is named before anything is downloaded
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: a file, expected a folder")
+    model, _ = load_run(folder, "cpu", recipe.dropout, options.untrained, 0)  # what is damaged or missing is named before anything is downloaded
     if kind == "bert" and recipe.max_length > model.config.max_length:
         raise UserError(f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} tokens")
+    del model
     say(f"{shown(folder)}{', untrained,' if options.untrained else ''} on {', '.join(chosen)} of {options.suite}; results in {shown(out)}")
     say(f"  recipe   lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup_share:g}, batch {recipe.batch}, {recipe.epochs} epochs, "
         f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, {recipe.dtype}, seeds {', '.join(map(str, seeds))}")  # fmt: skip
@@ -364,7 +370,8 @@ def main(arguments=None):
             for seed in seeds:
                 path, label = out / f"{name}-seed{seed}.json", f"{name} seed {seed}"
                 started, is_kept = time.perf_counter(), path.exists()
-                if (not is_kept or options.data_dir) and (data is None or not suite.SAME_ROWS):  # what is kept must be of a folder that was named
+                is_named = options.data_dir and data_dir.exists()  # then what is kept must be of it
+                if (not is_kept or is_named) and (data is None or not suite.SAME_ROWS):
                     with one_at_a_time(data_dir):
                         training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
                     data = data_checksum(training, evaluated, suite, out, name, data_dir)
@@ -372,15 +379,16 @@ def main(arguments=None):
                     say(f"  {label}: kept")
                     continue
                 out.mkdir(parents=True, exist_ok=True)
-                model, tokenizer = load_run(folder, device, recipe.dropout, options.untrained, seed)
+                model, tokenizer = load_run(folder, "cpu", recipe.dropout, options.untrained, seed)
                 model.autocast_dtype = DTYPES[recipe.dtype]
                 torch.manual_seed(seed)  # of the classifier
-                learner = KINDS[kind](model, tokenizer, suite.TASKS[name], recipe).to(device)
-                epochs = finetune(learner, suite.TASKS[name], training, evaluated, recipe, seed, device, label)
+                learner = KINDS[kind](model, tokenizer, suite.TASKS[name], recipe)
+                with explains_out_of_memory(f"with --batch={recipe.batch} --max_length={recipe.max_length}: this device is too small for the recipe"):
+                    epochs = finetune(learner.to(device), suite.TASKS[name], training, evaluated, recipe, seed, device, label)
                 last, seconds = epochs[-1]["scores"], time.perf_counter() - started
                 best = {metric: max(epoch["scores"][metric] for epoch in epochs) for metric in last}
                 write_json(path, {
-                    "task": name, "seed": seed, "run": shown(folder), "identity": identity, "data": data,
+                    "task": name, "seed": seed, "run": shown(folder), "identity": identity, "data_checksum": data,
                     "last": last, "best": best, "epochs": epochs, "training_rows": len(training), "evaluated_rows": sum(map(len, evaluated.values())),
                     "seconds": seconds, "finished": datetime.datetime.now().isoformat(timespec="seconds"), "commit": git_commit(),
                     "device": rst.device_name(device), "torch": torch.__version__,
@@ -390,15 +398,11 @@ def main(arguments=None):
     except KeyboardInterrupt:
         say("stopped; what is finished is kept, and the same command goes on with the rest")
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory with --batch={recipe.batch} --max_length={recipe.max_length}: this device is too small for the recipe") from None
     say("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
     results, problems = tasks.results(out)
     for name, metrics in tasks.summary(results, suite).items():
         for metric, kinds in metrics.items():
-            say(f"| {name} | {metric} | {' | '.join(tasks.percent(kinds[part].values()) for part in ('last', 'best'))} |")
+            say(f"| {name} | {metric} | {' | '.join(tasks.percent(kinds[part].values(), 'seed') for part in ('last', 'best'))} |")
     for problem in problems:
         say(problem)
 

@@ -36,12 +36,14 @@ NUMBERS = ("validation_loss", "updates", "rows", "charged_seconds", "free_second
 
 
 class Score(typing.NamedTuple):
-    """What is measured after fine-tuning, and how: scores of one kind may be compared, and averaged."""
+    """What is measured after fine-tuning, and how: only scores of one kind may be compared, and averaged."""
 
     suite: str
     task: str
     metric: str
-    setup: str  # the recipe, whether the weights were pre-trained, and which data it was, as JSON
+    untrained: bool
+    recipe: str  # JSON
+    data: str  # JSON; what tells the task's data from others
 
 
 @dataclass
@@ -52,34 +54,39 @@ class Run:
     config: dict  # {} if it cannot be read
     result: dict  # {} if the run is unfinished
     validations: list  # [charged hours or updates, validation loss], in order
-    problem: str  # why it is in no mean, or what is damaged; empty for a finished, whole run
+    scores: dict  # {Score: {"last": {seed of the fine-tuning: score}, "best": ...}}
+    problems: list  # why it is in no mean, and what is damaged; empty for a finished, whole run
 
-    def __post_init__(self):
-        """Reads what finetune.py left: `scores`, {Score: {"last": {seed of the fine-tuning: [scores]}, "best": ...}}, and `problems`, of
-        the run and of these."""
-        self.scores, self.problems = {}, [self.problem] if self.problem else []
-        for folder in sorted(path for path in (self.folder / "finetuned").glob("*") if path.is_dir()):
-            results, problems = tasks.results(folder)
-            self.problems += problems
-            setups = {json.dumps({name: value for name, value in result["identity"].items() if name != "weights"}, sort_keys=True) for result in results}
-            if len(setups) > 1:
-                self.problems.append(f"{folder}: its results are of {len(setups)} recipes, which finetune.py never makes; none of them is shown")
-            if len(setups) != 1:
-                continue
-            setup = json.loads(*setups)
-            data = {result["task"]: {name: result[name] for name in ("data", "training_rows")} for result in results}
-            data["all"] = {"data": zlib.crc32(json.dumps(data, sort_keys=True).encode())}
-            for task, metrics in tasks.summary(results, tasks.find(setup["suite"])).items():
-                for metric, kinds in metrics.items():
-                    score = Score(setup["suite"], task, metric, json.dumps(setup | data[task], sort_keys=True))
-                    for kind, seeds in kinds.items():
-                        for seed, value in seeds.items():
-                            self.scores.setdefault(score, {"last": {}, "best": {}})[kind].setdefault(seed, []).append(value)
+
+def read_scores(folder):
+    """(what finetune.py left in a run's folder, as `Run.scores`; what is wrong with it)."""
+    by_recipe, weights, problems, scores = collections.defaultdict(list), set(), [], {}
+    for place in sorted(path for path in (folder / "finetuned").glob("*") if path.is_dir()):
+        results, damaged = tasks.results(place)
+        problems += damaged
+        for result in results:
+            recipe = dict(result["identity"])
+            weights.add(recipe.pop("weights", None))
+            by_recipe[recipe.pop("suite"), recipe.pop("untrained"), json.dumps(recipe, sort_keys=True)].append(result)
+    if len(weights) > 1:
+        return {}, [*problems, f"{folder / 'finetuned'}: its results are of {len(weights)} different weights, so none of them is shown"]
+    for (suite, untrained, recipe), results in by_recipe.items():
+        module, by_data = tasks.find(suite), collections.defaultdict(list)
+        for result in results:
+            by_data[result["task"], json.dumps({name: result[name] for name in ("training_rows", "data_checksum")})].append(result)
+        averaged = sorted(key for key in by_data if key[0] in {task for task, _ in module.AVERAGED})
+        groups = [(data, [task], own) for (task, data), own in by_data.items()]
+        if len(averaged) == len({task for task, _ in averaged}):  # or two data of one task: there is no mean of the suite
+            groups.append((json.dumps({"data_checksum": zlib.crc32(repr(averaged).encode())}), ["all"], results))
+        for data, shown, own in groups:
+            for task, metrics in tasks.summary(own, module).items():
+                scores |= {Score(suite, task, metric, untrained, recipe, data): kinds for metric, kinds in metrics.items() if task in shown}
+    return scores, problems
 
 
 def read(folder):
     """A run folder, whatever its state: a `Run`."""
-    config, result, problem = {}, {}, ""
+    config, result, (scores, problems) = {}, {}, read_scores(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
         for name in (*COMPARED, *BUDGET, "reference", "seed", "method"):
@@ -88,24 +95,25 @@ def read(folder):
         if not isinstance(config["budget_steps"] or config["budget_hours"], (int, float)):
             raise ValueError("no budget in it")
     except KeyError as error:
-        return Run(folder, {}, {}, [], f"damaged: config.json (no {error} in it)")
+        return Run(folder, {}, {}, [], scores, [f"damaged: config.json (no {error} in it)", *problems])
     except (OSError, ValueError, TypeError) as error:
-        return Run(folder, {}, {}, [], f"damaged: config.json ({error})")
+        return Run(folder, {}, {}, [], scores, [f"damaged: config.json ({error})", *problems])
     try:
         result = json.loads((folder / "result.json").read_text())
         if wrong := [name for name in NUMBERS if not isinstance(result[name], (int, float)) or not math.isfinite(result[name])]:
             raise ValueError(f"{wrong[0]} is {result[wrong[0]]}")
         result["corpus"], result["reference"]["probe_seconds"]
+        ended_with = dict(result.get("config", config))
+        if changed := [name for name in sorted(ended_with.keys() - NOT_A_SETTING) if ended_with[name] != config.get(name)]:
+            problems.append(f"resumed with another {changed[0]}, {config.get(changed[0])} and then {ended_with[changed[0]]}; it stands where it began")
     except FileNotFoundError:
-        problem = "unfinished"
+        problems.append("unfinished")
     except KeyError as error:
-        result, problem = {}, f"damaged: result.json (no {error} in it)"
+        result, problems = {}, [f"damaged: result.json (no {error} in it)", *problems]
     except (OSError, ValueError, TypeError) as error:
-        result, problem = {}, f"damaged: result.json ({error})"
+        result, problems = {}, [f"damaged: result.json ({error})", *problems]
     validations, damage = read_validations(folder, config)
-    if changed := [name for name in sorted(result.get("config", {}).keys() - NOT_A_SETTING) if result["config"][name] != config.get(name)]:
-        problem = f"resumed with another {changed[0]}, {config.get(changed[0])} and then {result['config'][changed[0]]}; it stands where it began"
-    return Run(folder, config, result, validations, problem or damage)
+    return Run(folder, config, result, validations, scores, problems + [damage] * bool(damage))
 
 
 def read_validations(folder, config):
@@ -203,16 +211,26 @@ class Row:
         return found
 
     def scores(self, score):
-        """(what is counted, {"last": {its seed: [scores]}, "best": ...}) of a kind of score: the runs, or, where only one has it, its
-        seeds of the fine-tuning. None without any."""
-        having = [run for run in self.runs if score in run.scores]
-        if len(having) < 2:
-            return ("seed", having[0].scores[score]) if having else None
+        """A kind of score by seed of the fine-tuning, over all runs: {"last": {seed: [scores]}, "best": ...}; {} without any."""
+        found = {}
+        for run in self.runs:
+            for kind, seeds in run.scores.get(score, {}).items():
+                for seed, value in seeds.items():
+                    found.setdefault(kind, {}).setdefault(seed, []).append(value)
+        return found
+
+    def independent_scores(self, score):
+        """(the unit, {"last": [scores], "best": ...}) to average: of each pre-training the mean, where seeds of it have the score and it
+        depends on them; else of each fine-tuning seed. None without any."""
+        seeds = {run.config["seed"] for run in self.runs if score in run.scores}
+        if score.untrained or len(seeds) < 2:
+            found = self.scores(score)
+            return ("fine-tuning", {kind: list(map(statistics.mean, values.values())) for kind, values in found.items()}) if found else None
         found = {"last": collections.defaultdict(list), "best": collections.defaultdict(list)}
-        for run in having:
-            for kind, seeds in run.scores[score].items():
-                found[kind][run.config["seed"]].append(statistics.mean(map(statistics.mean, seeds.values())))
-        return "run", found
+        for run in self.runs:
+            for kind, values in run.scores.get(score, {}).items():
+                found[kind][run.config["seed"]].append(statistics.mean(values.values()))
+        return "pre-training", {kind: list(map(statistics.mean, values.values())) for kind, values in found.items()}
 
     def mean_loss(self):
         """The mean over seeds, one that ran twice counts once; None without a run."""
@@ -323,11 +341,10 @@ def record_of(row, table, points, titles):
     ):  # fmt: skip
         record[name] = statistics.mean(value(run.result) for run in row.runs)
     for score, title in titles.items():
-        if found := row.scores(score):
-            for kind, seeds in found[1].items():
-                values = list(map(statistics.mean, seeds.values()))
-                record |= {f"{title} {kind}": statistics.mean(values), f"{title} {kind} deviation": statistics.stdev(values) if len(values) > 1 else None}
-            record[f"{title} n"] = tasks.counted(len(values), found[0])
+        if found := row.independent_scores(score):
+            for kind, scores in found[1].items():
+                record |= {f"{title} {kind}": statistics.mean(scores), f"{title} {kind} deviation": statistics.stdev(scores) if len(scores) > 1 else None}
+            record |= {f"{title} n": len(found[1]["last"]), f"{title} n of": found[0]}
     return record
 
 
@@ -371,25 +388,15 @@ def markdown(records):
 
 
 def titles_of(runs):
-    """{Score: title} of all kinds of scores that the runs have: what tells it from the others of its suite is named."""
+    """{Score: title} of all kinds of scores that the runs have: what tells it from the others of its task is named."""
     found = sorted({score for run in runs for score in run.scores})
-    setups = {score: json.loads(score.setup) for score in found}
+    setups = {score: json.loads(score.recipe) | json.loads(score.data) for score in found}
     titles = {}
     for score, setup in setups.items():
         alike = [setups[other] for other in found if other[:3] == score[:3]]
-        telling = [name for name in setup if name != "untrained" and any(other.get(name) != setup[name] for other in alike)]
-        titles[score] = " ".join([score.suite, *["untrained"] * setup["untrained"], score.task, score.metric, *(f"{name}={setup[name]}" for name in telling)])
+        telling = [name for name in setup if any(other.get(name) != setup[name] for other in alike)]
+        titles[score] = " ".join([score.suite, *["untrained"] * score.untrained, score.task, score.metric, *(f"{name}={setup[name]}" for name in telling)])
     return titles
-
-
-def gain(row, score):
-    """The difference of a kind of score to the same without pre-training, as `difference` says it, or None if one of them is missing."""
-    setup = json.loads(score.setup)
-    pair = [row.scores(score._replace(setup=json.dumps(setup | {"untrained": untrained}, sort_keys=True))) for untrained in (False, True)]
-    if setup["untrained"] or not all(pair) or pair[0][0] != pair[1][0]:
-        return None
-    mean, half, how = difference(*(kinds["last"] for _, kinds in pair))
-    return f"{100 * mean:+.1f} ± {MISSING if half is None else format(100 * half, '.1f')} points, 95% ({how})"
 
 
 def downstream_markdown(rows, titles):
@@ -402,15 +409,21 @@ def downstream_markdown(rows, titles):
     for row in rows:
         cells = []
         for score in present:
-            unit, kinds = row.scores(score) or (None, None)
-            cells.append(", best ".join(tasks.percent(map(statistics.mean, kinds[kind].values()), unit) for kind in ("last", "best")) if unit else MISSING)
+            unit, found = row.independent_scores(score) or (None, None)
+            cells.append(", best ".join(tasks.percent(found[kind], unit) for kind in ("last", "best")) if unit else MISSING)
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
     lines.append("")
-    lines += [f"{row.label}, {titles[score]}, last epoch: pre-trained minus untrained {found}" for row in rows for score in present if (found := gain(row, score))]
-    for suite in sorted({score.suite for score in present}):
-        setups = [json.loads(score.setup) for score in present if score.suite == suite]
-        shared = {name: value for name, value in setups[0].items() if name not in ("suite", "data", "untrained") and all(setup.get(name) == value for setup in setups)}
-        lines.append(f"{suite}: {', '.join(f'{name} {value}' for name, value in shared.items())}")
+    for row, score in itertools.product(rows, present):
+        ours, untrained = row.scores(score), row.scores(score._replace(untrained=True))
+        if not score.untrained and ours and untrained:
+            mean, half, how = difference(ours["last"], untrained["last"])
+            interval = MISSING if half is None else f"{100 * half:.1f}"
+            lines.append(f"{row.label}, {titles[score]}, last epoch: pre-trained minus untrained {100 * mean:+.1f} ± {interval} points, 95% over fine-tuning seeds ({how})")
+    recipes = collections.defaultdict(list)
+    for score in present:
+        if score.task not in recipes[score.suite, score.recipe]:
+            recipes[score.suite, score.recipe].append(score.task)
+    lines += [f"{suite} ({', '.join(own)}): {', '.join(f'{name} {value}' for name, value in json.loads(recipe).items())}" for (suite, recipe), own in recipes.items()]
     return "\n".join(lines)
 
 
@@ -521,7 +534,7 @@ def main(arguments=None):
         for title, what in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
             print(f"{title}: {', '.join(sorted({str(result.get(what) or MISSING) for result in finished})) or MISSING}")
         if scores := downstream_markdown(table.rows, titles):
-            print(f"\nFine-tuned, in percent, mean ± standard deviation over the runs, of a single run over its fine-tuning seeds:\n\n{scores}")
+            print(f"\nFine-tuned, in percent, mean ± standard deviation over pre-training seeds, or with one of them, or untrained, over fine-tuning seeds:\n\n{scores}")
         print()
     for run in runs:
         for problem in run.problems:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 
+import report
 import train
 from errors import Parser, UserError, exits_on_user_error
 
@@ -21,7 +22,7 @@ AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed
 
 
 def plans(options, flags):
-    """[(flags, these as values, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
+    """[(flags, configuration)] of every run. What is wrong with a flag or missing of a corpus is named before the first one starts."""
     for name in (flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")):
         if name in AXES:
             raise UserError(f"--{name}: a study has --{AXES[name]}, joined by commas")
@@ -35,17 +36,24 @@ def plans(options, flags):
         if (corpus := (config.model, config.data, config.vocabulary)) not in corpora:
             train.open_corpus(config)
             corpora.add(corpus)
-        found.append((own, typed, config))
+        try:
+            folder, state = train.find_run(config)
+        except UserError:  # a damaged folder: named when its turn comes
+            state = "damaged"
+        if state == "finished" or state == "interrupted" and (folder / "checkpoint.pt").exists():
+            check_begun(folder, typed)
+        found.append((own, config))
     return found
 
 
-def check_finished(folder, typed):
-    """Refuses a finished run that was made with another precision or the like than the study's flags say: an hour bought it other
-    updates."""
-    made_with = train.read_json(folder / "config.json")
-    for name in ("dtype", "compile", "micro_batch", "threads"):
-        if name in typed and made_with.get(name) != typed[name]:
-            raise UserError(f"is finished with --{name}={made_with.get(name)}, not {typed[name]}; move its folder away to run it again")
+def check_begun(folder, typed):
+    """Refuses a run that was begun with other flags than the study's where these decide what an hour buys: a precision, and where an
+    hour is plain time (--reference=this) the device and its threads."""
+    begun_with = train.read_json(folder / "config.json")
+    plain_time = {"device", "threads"} if begun_with.get("reference") == "this" else set()
+    for name in sorted((train.MAY_CHANGE_ON_RESUME - report.NOT_A_SETTING) | plain_time):
+        if name in typed and str(begun_with.get(name)).partition(":")[0] != str(typed[name]).partition(":")[0]:  # cuda:0 is a cuda
+            raise UserError(f"{train.shown(folder)} was begun with --{name}={begun_with.get(name)}, not {typed[name]}; move it away to run it again, or keep to its flags")
 
 
 @exits_on_user_error
@@ -68,12 +76,10 @@ def main(arguments=None):
     todo = plans(options, flags)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    for number, (own, typed, config) in enumerate(todo, 1):
+    for number, (own, config) in enumerate(todo, 1):
         try:
             folder, state = train.find_run(config)
-            if state == "finished":
-                check_finished(folder, typed)
-        except UserError as error:  # a damaged folder in its place, or another run's
+        except UserError as error:  # a damaged folder in its place
             failed.append(f"{train.plan_name(config)} ({error})")
             continue
         print(f"[{number} of {len(todo)}] {train.shown(folder)}: {state}", flush=True)

@@ -2089,7 +2089,7 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
     first = list(module.TASKS)[0]
     path = tmp_path / "out" / f"{first}-seed0.json"
     found = path.read_text()
-    path.write_text(json.dumps({name: value for name, value in json.loads(found).items() if name != "data"}))
+    path.write_text(json.dumps({name: value for name, value in json.loads(found).items() if name != "data_checksum"}))
     with pytest.raises(SystemExit):
         finetune.main([*flags, "--seeds=2", f"--task={first}"])
     assert f"{first}-seed0.json is of other data than" in capsys.readouterr().err
@@ -2441,12 +2441,13 @@ def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
     return folder
 
 
-def write_score(folder, seed, score, data=1, **recipe):
+def write_score(folder, seed, score, data=1, weights=5, untrained=False, task="rte", **recipe):
     """A result of finetune.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    identity = {"suite": "glue", "weights": 5, "untrained": False, "lr": 0.001} | recipe
-    result = dict(task="rte", seed=seed, identity=identity, data=data, training_rows=9, last={"accuracy": score}, best={"accuracy": score + 0.1})
-    (folder / f"rte-seed{seed}.json").write_text(json.dumps(result))
+    identity = {"suite": "glue", "weights": weights, "untrained": untrained, "lr": 0.001} | recipe
+    metrics = [metric + suffix for suffix in (("", "_mismatched") if task == "mnli" else ("",)) for metric in glue.TASKS[task].metrics]
+    last, best = ({metric: score + more for metric in metrics} for more in (0.0, 0.1))
+    (folder / f"{task}-seed{seed}.json").write_text(json.dumps(dict(task=task, seed=seed, identity=identity, data_checksum=data, training_rows=9, last=last, best=best)))
 
 
 def test_differences_and_intervals_are_scipys():
@@ -2520,8 +2521,8 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     assert "| baseline | 4 | 3.0000 ± 0.2160 | – |" in one and "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |" in one and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
     assert "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one and "| lion | 0 | – | – | – |" in one
     assert "| 100 | 800 | 1 | 0.01 | 2 | 0.20% |" in one and "commits: abc" in one and re.search("^baseline: batch 8, beta1 .*, lr 0.001, ", one, re.MULTILINE)
-    assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2 runs), best 71.0 ± 14.1 (2 runs) |" in one
-    assert "| stacking | 81.0 ± 1.4 (2 seeds), best 91.0 ± 1.4 (2 seeds) |" in one and "| lion | – |" in one and "\nglue: lr 0.001, training_rows 9\n" in one
+    assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2 pre-trainings), best 71.0 ± 14.1 (2 pre-trainings) |" in one
+    assert "| stacking | 81.0 ± 1.4 (2 fine-tunings), best 91.0 ± 1.4 (2 fine-tunings) |" in one and "| lion | – |" in one and "\nglue (rte): lr 0.001\n" in one
     for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("cut-log", "damaged: log.jsonl"), ("b2-0", f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged (JSONDecodeError")):
         assert f"{runs / name}: {problem}" in output
     with open(tmp_path / "table.csv") as file:
@@ -2551,40 +2552,80 @@ def test_scores_are_averaged_only_with_their_like(tmp_path, capsys):
     """Other data, another recipe or another start is a column of its own, whatever its folder is called."""
     runs = tmp_path / "runs"
     places = {run: write_run(runs / run, [3.0], seed=seed) / "finetuned" for seed, run in enumerate("abc")}
+
+    def cells():
+        report.main([str(runs), f"--csv={tmp_path / 'table.csv'}"])
+        output = capsys.readouterr().out
+        titles, scores = ([cell.strip() for cell in line.split("|")[1:-1]] for line in output.split("Fine-tuned")[1].splitlines() if re.match(r"\| (method|baseline)", line))
+        return {title: cell.partition(",")[0] for title, cell in zip(titles[1:], scores[1:])}, output
+
     for seed, (score, before) in enumerate([(0.80, 0.77), (0.82, 0.80), (0.84, 0.80)]):
         write_score(places["a"] / "glue", seed, score)
         write_score(places["a"] / "anything", seed, before, untrained=True)
-    report.main([str(runs), f"--csv={tmp_path / 'one.csv'}"])
-    one = capsys.readouterr().out
-    assert "| method | glue rte accuracy | glue untrained rte accuracy |" in one and "| baseline | 82.0 ± 2.0 (3 seeds), best 92.0 ± 2.0 (3 seeds) | 79.0 ± 1.7 (3 seeds), best 89.0 ± 1.7 (3 seeds) |" in one
-    assert "baseline, glue rte accuracy, last epoch: pre-trained minus untrained +3.0 ± 2.5 points, 95% (paired, 3)" in one  # 4.303 / 3**0.5
-    with open(tmp_path / "one.csv") as file:
+    found, output = cells()
+    assert found == {"glue rte accuracy": "82.0 ± 2.0 (3 fine-tunings)", "glue untrained rte accuracy": "79.0 ± 1.7 (3 fine-tunings)"}
+    gain = "baseline, glue rte accuracy, last epoch: pre-trained minus untrained +3.0 ± 2.5 points, 95% over fine-tuning seeds (paired, 3)"  # 4.303 / 3**0.5
+    assert gain in output and "\nglue (rte): lr 0.001\n" in output
+    with open(tmp_path / "table.csv") as file:
         record = next(csv.DictReader(file))
-    assert (float(record["glue rte accuracy last"]), float(record["glue rte accuracy last deviation"]), record["glue rte accuracy n"]) == (pytest.approx(0.82), pytest.approx(0.02), "3 seeds")
+    assert [float(record[f"glue rte accuracy {name}"]) for name in ("last", "last deviation", "n")] == pytest.approx([0.82, 0.02, 3])
+    for seed, before in enumerate((0.77, 0.80, 0.80)):  # the same from any run: no more evidence than before
+        write_score(places["b"] / "glue-untrained", seed, before, untrained=True)
+    assert cells()[0] == found and gain in cells()[1]
     write_score(places["a"] / "glue-more", 3, 0.94)  # another seed of the same
     write_score(places["b"] / "glue", 0, 0.95, data=2)
     write_score(places["b"] / "rate", 0, 0.91, lr=0.5)
     write_score(places["c"] / "glue", 0, 0.65)
-    write_score(places["c"] / "mixed", 0, 0.1)
-    write_score(places["c"] / "mixed", 1, 0.1, lr=0.5)
-    report.main([str(runs)])
-    two = capsys.readouterr().out
-    titles, cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in two.split("Fine-tuned")[1].splitlines() if re.match(r"\| (method|baseline)", line))
-    scores = {title: cell.partition(",")[0] for title, cell in zip(titles, cells)}
-    assert scores.pop("method") == "baseline" and scores == {
-        "glue rte accuracy data=1 lr=0.001": "75.0 ± 14.1 (2 runs)", "glue rte accuracy data=2 lr=0.001": "95.0 (1 seed)", "glue rte accuracy data=1 lr=0.5": "91.0 (1 seed)",
-        "glue untrained rte accuracy data=1 lr=0.001": "79.0 ± 1.7 (3 seeds)",
+    found, output = cells()
+    assert found == {
+        "glue rte accuracy lr=0.001 data_checksum=1": "75.0 ± 14.1 (2 pre-trainings)", "glue rte accuracy lr=0.001 data_checksum=2": "95.0 (1 fine-tuning)",
+        "glue rte accuracy lr=0.5 data_checksum=1": "91.0 (1 fine-tuning)", "glue untrained rte accuracy lr=0.001 data_checksum=1": "79.0 ± 1.7 (3 fine-tunings)",
     }  # fmt: skip
-    assert f"{runs / 'c' / 'finetuned' / 'mixed'}: its results are of 2 recipes" in two and "minus" not in two  # over runs here, over seeds there
+    assert "\nglue (rte): lr 0.001\nglue (rte): lr 0.5\n" in output
+    write_score(places["c"] / "other", 0, 0.1, weights=6)
+    found, output = cells()
+    assert f"{runs / 'c' / 'finetuned'}: its results are of 2 different weights" in output and found["glue rte accuracy lr=0.001 data_checksum=1"] == "85.0 ± 6.2 (4 fine-tunings)"
+
+
+def test_the_mean_of_a_suite_is_of_its_own_tasks(tmp_path, capsys):
+    for seed in range(2):
+        place = write_run(tmp_path / f"run{seed}", [3.0], seed=seed) / "finetuned" / "glue"
+        for task in glue.TASKS if seed else glue.DEFAULT:  # one has wnli besides
+            write_score(place, 0, 0.6 + 0.1 * seed, task=task)
+    report.main([str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "| glue all score |" in output and "| 65.0 ± 7.1 (2 pre-trainings), best 75.0 ± 7.1 (2 pre-trainings) |" in output
+    write_score(place, 1, 0.5, task="sst2", data=2)  # of which data is the mean now?
+    report.main([str(tmp_path / "run1")])
+    assert " all score" not in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_a_message(finished_runs, tmp_path, corpus_folder, monkeypatch, capsys):
+    """Wherever it happens: in the warm-up before the first update, in the middle, or in fine-tuning."""
+    too_much = lambda *arguments: torch.empty(10**15)
+    data = glue_files(tmp_path / "data")
+    for main, flags, where, message in (
+        (train.main, small_run(corpus_folder, tmp_path / "warm-up"), (train, "warm_up"), "--micro_batch=6; a smaller one"),
+        (train.main, small_run(corpus_folder, tmp_path / "loop"), (train, "validate"), "--micro_batch=6; a smaller one"),
+        (finetune.main, [str(finished_runs["bert"]), "--suite=glue", "--task=rte", f"--data_dir={data}", f"--out={tmp_path / 'out'}"], (finetune.Classifier, "loss"), "--batch=16 --max_length=128"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(*where, too_much)
+            main(flags)
+        assert stopped.value.code == 2 and f"error: out of memory with {message}" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shapes differ"), train.explains_out_of_memory("with this"):
+        raise RuntimeError("shapes differ")
 
 
 def test_a_run_that_changed_its_precision_is_named(tmp_path, capsys):
     run = write_run(tmp_path / "run", [3.0])
     result = json.loads((run / "result.json").read_text())
     config = json.loads((run / "config.json").read_text())
-    (run / "result.json").write_text(json.dumps(result | {"config": config | {"dtype": "bf16", "threads": 7}}))
-    report.main([str(run)])
-    assert f"{run}: resumed with another dtype, fp32 and then bf16" in capsys.readouterr().out
+    for changes, problem in (({"dtype": "bf16"}, f"{run}: resumed with another dtype, fp32 and then bf16"), ({"threads": 7}, ""), (None, f"{run}: damaged: result.json")):
+        (run / "result.json").write_text(json.dumps(result | {"config": changes and config | changes}))
+        report.main([str(run)])
+        output = capsys.readouterr().out
+        assert problem in output and (problem or "resumed" not in output)
 
 
 def test_a_folder_that_is_a_file_is_a_message(finished_runs, tmp_path, capsys):
@@ -2639,13 +2680,19 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     second = command(*flags, project=project)
     assert second.returncode == 0, second.stderr
     assert re.findall(r": (finished|interrupted|new)", first.stdout + second.stdout) == ["new"] * 4 + ["interrupted"] + ["finished"] * 3
-    assert sorted((project / "runs").iterdir()) == folders and (folders[0] / "result.json").exists()
+    resumed = json.loads((folders[0] / "result.json").read_text())["command"]
+    assert sorted((project / "runs").iterdir()) == folders and "--resume=" in resumed and "--size=tiny" in resumed
     assert all((folder / "result.json").read_bytes() == results[folder] for folder in folders[1:])
     for flag, message in (("--size=huge", "--size"), ("--method=lion", "a study has --methods"), ("--seed=3", "a study has --seeds"), ("--budget_steps=3", "counts hours"), ("--data=none", "--data=none: not prepared")):
         wrong = command(*flags, flag, project=project)
         assert wrong.returncode == 2 and message in wrong.stderr and "[1 of 4]" not in wrong.stdout
-    other = command(*flags, "--dtype=bf16", project=project)
-    assert other.returncode == 2 and other.stderr.count("is finished with --dtype=fp32, not bf16; move its folder away") == 4
+    (folders[0] / "result.json").unlink()
+    for flag, message in (("--dtype=bf16", "was begun with --dtype=fp32, not bf16"), ("--threads=1", "was begun with --threads=2, not 1")):
+        other = command(*flags, flag, project=project)
+        assert other.returncode == 2 and message in other.stderr and other.stdout == ""
+    (folders[0] / "checkpoint.pt").unlink()  # then nothing of it counts
+    assert command(*flags, "--methods=baseline", "--seeds=0", "--dtype=bf16", project=project).returncode == 0
+    assert json.loads((folders[0] / "config.json").read_text())["dtype"] == "bf16"
     wrong = command(*flags, "--data", "seed", project=project)  # a flag's value is no flag
     assert wrong.returncode == 2 and "--data=seed: not prepared" in wrong.stderr
 

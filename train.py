@@ -114,7 +114,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_LEAST_ONE = ("vocabulary", "row_length", "validation_rows", "budget_steps", "batch", "micro_batch", "validations")
 ABOVE_ZERO = ("budget_hours", "clip", "checkpoint_minutes")
 AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "threads")
-SEEDS = 2**32  # how many there are
+SEEDS = 2**32  # how many there are: no library refuses one of these
 
 
 # -- Flags -------------------------------------------------------------------------------------------------
@@ -221,9 +221,15 @@ def check(config):
     rst.find_reference(config.reference)
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that the device's memory is not enough; torch has several for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+@contextlib.contextmanager
+def explains_out_of_memory(message):
+    """Makes a UserError with the message of what says that memory is not enough: an exception of Python's, or one of torch's several."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in ("not enough memory", "allocate memory", "out of memory")):
+            raise UserError(f"out of memory {message}") from None
+        raise
 
 
 def check_device(device):
@@ -479,7 +485,7 @@ def train(config, folder, resume=False):
         finished_models[name] = prepared(models.load(finished / "model.pt", config.device), config)
         costs = read_json(finished / "result.json")
         finished_runs[name] = {"folder": shown(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
-    with locked_log(folder, resume) as log:
+    with locked_log(folder, resume) as log, explains_out_of_memory(f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"):
         return run(config, folder, resume, log, combination, finished_models, finished_runs)
 
 
@@ -518,7 +524,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     if is_main():
         log.truncate(state.log_bytes)
         shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # with model.pt it is all that fine-tuning needs
-        if not resume or not (folder / "config.json").exists():
+        if not clock.updates:  # nothing of an earlier process counts, nor what it was started with
             write_json(folder / "config.json", dataclasses.asdict(config))
     bar = tqdm(total=1.0, initial=clock.progress, disable=None if is_main() else True, desc=config.method,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
@@ -619,10 +625,6 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 raise SystemExit(128 + int(stop_signal))
             clock.probe_when_due()
         # ---------------------------------------------------------------------------------------
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise UserError(f"out of memory with --micro_batch={config.micro_batch}; a smaller one gives the same result") from None
-        raise
     finally:
         bar.close()
         stop.restore()

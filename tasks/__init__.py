@@ -100,7 +100,7 @@ def check_published(sha256=None):
         try:
             if not sha256 and zipfile.ZipFile(path).testzip():
                 raise ValueError("a member of the zip file is damaged")
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:  # all that a damaged one makes
             raise ValueError(f"not a whole zip file: {error}") from None
 
     return check
@@ -158,7 +158,7 @@ def results(folder):
             identity = dict(result["identity"])
             if identity["suite"] not in suites() or not isinstance(identity["untrained"], bool):
                 raise ValueError(f"its suite is {identity['suite']!r}, its untrained {identity['untrained']!r}")
-            found.append({"task": result["task"], "seed": int(result["seed"]), "identity": identity, "data": result.get("data"), "training_rows": result.get("training_rows"), "scores": scores})
+            found.append({"task": result["task"], "seed": int(result["seed"]), "identity": identity, "data_checksum": result.get("data_checksum"), "training_rows": result.get("training_rows"), "scores": scores})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again")
     return found, problems
@@ -180,12 +180,8 @@ def summary(results, suite):
     return found
 
 
-def percent(scores, unit="seed"):
-    """The mean in percent, the standard deviation, and how many there are: "61.2 ± 0.8 (3 seeds)"."""
+def percent(scores, unit):
+    """The mean in percent, the standard deviation, and how many there are of the unit: "61.2 ± 0.8 (3 seeds)"."""
     scores = list(scores)
     deviation = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{100 * statistics.mean(scores):.1f}{deviation} ({counted(len(scores), unit)})"
-
-
-def counted(number, unit):
-    return f"{number} {unit}{'s' * (number != 1)}"
+    return f"{100 * statistics.mean(scores):.1f}{deviation} ({len(scores)} {unit}{'s' * (len(scores) != 1)})"
