@@ -414,11 +414,14 @@ def downstream_markdown(rows, titles):
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
     lines.append("")
     for row, score in itertools.product(rows, present):
-        ours, untrained = row.scores(score), row.scores(score._replace(untrained=True))
-        if not score.untrained and ours and untrained:
-            mean, half, how = difference(ours["last"], untrained["last"])
+        found, untrained = row.independent_scores(score), row.scores(score._replace(untrained=True))
+        if not score.untrained and found and untrained:
+            unit, kinds = found
+            # Pre-trainings have no partner among the untrained, whose seeds are of the fine-tuning: two samples, not pairs.
+            ours = row.scores(score)["last"] if unit == "fine-tuning" else {(unit, number): [value] for number, value in enumerate(kinds["last"])}
+            mean, half, how = difference(ours, untrained["last"])
             interval = MISSING if half is None else f"{100 * half:.1f}"
-            lines.append(f"{row.label}, {titles[score]}, last epoch: pre-trained minus untrained {100 * mean:+.1f} ± {interval} points, 95% over fine-tuning seeds ({how})")
+            lines.append(f"{row.label}, {titles[score]}, last epoch: pre-trained minus untrained {100 * mean:+.1f} ± {interval} points, 95% over {unit} seeds ({how})")
     recipes = collections.defaultdict(list)
     for score in present:
         if score.task not in recipes[score.suite, score.recipe]:

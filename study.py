@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 
-import report
 import train
 from errors import Parser, UserError, exits_on_user_error
 
@@ -31,8 +30,7 @@ def plans(options, flags):
     found, corpora = [], set()
     for seed, budget, model, method in itertools.product(*(getattr(options, name).split(",") for name in ("seeds", "budgets", "models", "methods"))):
         own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}", f"--seed={seed}", *flags]
-        typed = train.parse(own)[0]
-        config = train.resolve(typed)
+        config = train.resolve(train.parse(own)[0])
         if (corpus := (config.model, config.data, config.vocabulary)) not in corpora:
             train.open_corpus(config)
             corpora.add(corpus)
@@ -41,19 +39,20 @@ def plans(options, flags):
         except UserError:  # a damaged folder: named when its turn comes
             state = "damaged"
         if state == "finished" or state == "interrupted" and (folder / "checkpoint.pt").exists():
-            check_begun(folder, typed)
+            check_begun(folder, config)
         found.append((own, config))
     return found
 
 
-def check_begun(folder, typed):
-    """Refuses a run that was begun with other flags than the study's where these decide what an hour buys: a precision, and where an
-    hour is plain time (--reference=this) the device and its threads."""
+def check_begun(folder, config):
+    """Refuses a run that was begun with other settings than the study's where these decide what an hour buys: a precision, and where
+    an hour is plain time (--reference=this) the device and its threads."""
     begun_with = train.read_json(folder / "config.json")
-    plain_time = {"device", "threads"} if begun_with.get("reference") == "this" else set()
-    for name in sorted((train.MAY_CHANGE_ON_RESUME - report.NOT_A_SETTING) | plain_time):
-        if name in typed and str(begun_with.get(name)).partition(":")[0] != str(typed[name]).partition(":")[0]:  # cuda:0 is a cuda
-            raise UserError(f"{train.shown(folder)} was begun with --{name}={begun_with.get(name)}, not {typed[name]}; move it away to run it again, or keep to its flags")
+    plain_time = {"device", "threads"} if config.reference == "this" else set()
+    for name in sorted(train.DECIDES_WHAT_AN_HOUR_BUYS | plain_time):
+        theirs, ours = begun_with.get(name), getattr(config, name)
+        if str(theirs).partition(":")[0] != str(ours).partition(":")[0]:  # cuda:0 is a cuda
+            raise UserError(f"{train.shown(folder)} was begun with --{name}={theirs}, not {ours}; move it away to run it again, or keep to its flags")
 
 
 @exits_on_user_error

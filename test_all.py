@@ -2582,6 +2582,8 @@ def test_scores_are_averaged_only_with_their_like(tmp_path, capsys):
         "glue rte accuracy lr=0.5 data_checksum=1": "91.0 (1 fine-tuning)", "glue untrained rte accuracy lr=0.001 data_checksum=1": "79.0 ± 1.7 (3 fine-tunings)",
     }  # fmt: skip
     assert "\nglue (rte): lr 0.001\nglue (rte): lr 0.5\n" in output
+    # 0.85 and 0.65 against 0.77, 0.80 and 0.80 are two samples, so that the spread of the pre-trainings counts: 12.706 (0.01 + 0.0001)**0.5
+    assert "pre-trained minus untrained -4.0 ± 127.7 points, 95% over pre-training seeds (unpaired)" in output
     write_score(places["c"] / "other", 0, 0.1, weights=6)
     found, output = cells()
     assert f"{runs / 'c' / 'finetuned'}: its results are of 2 different weights" in output and found["glue rte accuracy lr=0.001 data_checksum=1"] == "85.0 ± 6.2 (4 fine-tunings)"
@@ -2654,6 +2656,16 @@ def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
         runs = [here / "results" / "runs" / f"{r['model']}-tiny-{r['method']}-english-{r['budget_hours']}h-one-epyc-thread-seed{seed}" / "result.json" for seed in range(3)]
         losses = [format(json.loads(path.read_text())["validation_loss"], ".4f") for path in runs]
         assert f"| `{r['method']}` | {' | '.join([*losses, loss, deviation])} |" in (here / "results" / "README.md").read_text()
+    accuracies = {}
+    for name, run, folder in (("pre-trained, 1.25 h", "1.25h", "glue"), ("pre-trained, 0.63 h", "0.63h", "glue"), ("untrained", "1.25h", "glue-untrained")):
+        files = [here / "results" / "sst2" / f"bert-tiny-8192-english-{run}" / "finetuned" / folder / f"sst2-seed{seed}.json" for seed in range(10)]
+        mine = accuracies[name] = [100 * json.loads(path.read_text())["last"]["accuracy"] for path in files]
+        cells = " | ".join(format(value, ".1f") for value in [*mine, np.mean(mine), np.std(mine, ddof=1)])
+        assert f"| {name} | {cells} |" in (here / "results" / "README.md").read_text()
+        assert f"{np.mean(mine):.1f}% ± {np.std(mine, ddof=1):.1f}" in (here / "README.md").read_text()
+    for name in list(accuracies)[:2]:
+        mean, half, _ = report.difference(*(dict(enumerate([value] for value in accuracies[which])) for which in (name, "untrained")))
+        assert f"mean {mean:+.2f} ± {half:.2f}" in (here / "results" / "README.md").read_text()
 
 
 def test_report_reads_real_runs(finished_runs, capsys):
@@ -2693,6 +2705,8 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     (folders[0] / "checkpoint.pt").unlink()  # then nothing of it counts
     assert command(*flags, "--methods=baseline", "--seeds=0", "--dtype=bf16", project=project).returncode == 0
     assert json.loads((folders[0] / "config.json").read_text())["dtype"] == "bf16"
+    again = command(*flags, project=project)  # the precision that is meant is another one, typed or not
+    assert again.returncode == 2 and "was begun with --dtype=bf16, not fp32" in again.stderr
     wrong = command(*flags, "--data", "seed", project=project)  # a flag's value is no flag
     assert wrong.returncode == 2 and "--data=seed: not prepared" in wrong.stderr
 

@@ -102,6 +102,7 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads", "checkpoint_minutes", "out", "yes"}
+DECIDES_WHAT_AN_HOUR_BUYS = {"dtype", "compile", "micro_batch"}  # of these
 VOCABULARY = {
     "bert": {"tiny": TINY_VOCABULARY["bert"], "small": 8192, "base": 32768},
     "t5": {"tiny": TINY_VOCABULARY["t5"], "small": 8192, "base": 32128},

@@ -100,7 +100,7 @@ def check_published(sha256=None):
         try:
             if not sha256 and zipfile.ZipFile(path).testzip():
                 raise ValueError("a member of the zip file is damaged")
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:  # all that a damaged one makes
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # what damage in one makes
             raise ValueError(f"not a whole zip file: {error}") from None
 
     return check
