@@ -4,7 +4,11 @@ A model here is a function of a batch (a dict of tensors that `data/corpus.py` m
 
     model.loss(batch)                    mean cross-entropy over all predicted tokens, a scalar
     model.loss(batch, per_example=True)  mean cross-entropy of each row, (B,)
+    model.token_losses(batch)            cross-entropy of each predicted token, (B, P)
     model.logits(batch)                  scores of the predicted positions only
+
+A method that walks the layers itself finds the parts of `logits` as functions: BERT's `embed`, `layers`,
+`final_norm`, `predict`; T5's `embed_both`, `encoder_bias`, `layers`, `finish_encoder`, `decode`.
 
 Depth is a run-time choice: every call takes `layers`, the indices of the layers to run, in order;
 without it the call runs `model.present_layers`, the layers that the model has now. An empty list is no
@@ -72,7 +76,7 @@ SIZES = {
 }
 
 
-# -- What both models are made of ------------------------------------------------------------------------
+# -- Shared layers ------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -169,9 +173,19 @@ class LanguageModel(nn.Module):
 
     def loss(self, batch, layers=None, per_example=False):
         """Mean cross-entropy in nats over the predicted tokens, or per row with `per_example`: (B,)."""
-        logits, labels = self.logits(batch, layers), batch["labels"]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none" if per_example else "mean")
-        return losses.view(labels.shape).sum(dim=1) / (labels >= 0).sum(dim=1) if per_example else losses
+        if per_example:
+            return self.token_losses(batch, layers).sum(dim=1) / (batch["labels"] >= 0).sum(dim=1)
+        return F.cross_entropy(self.logits(batch, layers).flatten(0, 1).float(), batch["labels"].flatten())
+
+    def token_losses(self, batch, layers=None):
+        """Cross-entropy in nats of each predicted token, 0 where there is none: (B, P)."""
+        return self.losses_of(self.logits(batch, layers), batch["labels"])
+
+    @staticmethod
+    def losses_of(logits, labels):
+        """Cross-entropy in nats: (B, P, V), (B, P) -> (B, P)."""
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return losses.view(labels.shape)
 
     def compile_layers(self):
         """Compiles the layers one by one, so that another depth needs no other compilation."""
@@ -194,8 +208,11 @@ class BERTLayer(nn.Module):
         self.feed_forward = GatedFeedForward(config.d_model, config.d_ff, "none")
         self.dropout = config.dropout
 
-    def forward(self, h, bias=None):  # (B, T, C), (B, 1, 1, T) -> (B, T, C)
-        h = h + F.dropout(self.attention(self.attention_norm(h), bias=bias), self.dropout, self.training)
+    def forward(self, h, bias=None, context=None):  # (B, T, C), (B, 1, 1, T) -> (B, T, C)
+        """`context` (B, S, C): what h attends to, where that is not h itself."""
+        x = self.attention_norm(h)
+        keys_values = None if context is None else self.attention.keys_values(self.attention_norm(context))
+        h = h + F.dropout(self.attention(x, keys_values, bias), self.dropout, self.training)
         return h + F.dropout(self.feed_forward(self.feed_forward_norm(h)), self.dropout, self.training)
 
 
@@ -264,12 +281,15 @@ class BERT(LanguageModel):
             h = self.layers[index](h, bias)
         return self.final_norm(h)
 
+    def predict(self, h, positions):
+        """Scores over the vocabulary at these columns, (B, T, C), (B, P) -> (B, P, V)."""
+        h = h.gather(1, positions[:, :, None].expand(-1, -1, h.shape[-1]))
+        return F.linear(self.head(h), self.embedding)
+
     def logits(self, batch, layers=None):
         """Scores over the vocabulary at the predicted positions: (B, P, V)."""
         with self.autocast():
-            h = self.encode(batch["tokens"], layers)
-            positions = batch["positions"][:, :, None].expand(-1, -1, h.shape[-1])
-            return F.linear(self.head(h.gather(1, positions)), self.embedding)
+            return self.predict(self.encode(batch["tokens"], layers), batch["positions"])
 
     def training_flops_per_row(self, row_length, predicted_per_row, layers=None):
         """Floating-point operations of one row's forward and backward: six for each layer weight and
@@ -388,8 +408,8 @@ class T5(LanguageModel):
 
     @torch.no_grad()
     def initialise(self):
-        """METHODS 1.2: N(0, 1) for embedding and head; every other matrix by its fan-in, the queries also
-        by the head's width (in place of scaled products); norms 1."""
+        """T5 v1.1's (Raffel et al. 2020): N(0, 1) for embedding and head; every other matrix by its fan-in,
+        the queries also by the head's width (in place of scaled products); norms 1."""
         c = self.config
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -416,14 +436,32 @@ class T5(LanguageModel):
         """What the first layers read: (B, T) -> (B, T, C)."""
         return F.dropout(F.embedding(tokens, self.embedding), self.config.dropout, self.training)
 
+    def embed_both(self, batch):
+        """What the first layers of both stacks read: (B, T, C), and of the labels before each (B, P, C)."""
+        tokens, labels = batch["tokens"], batch["labels"]
+        previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with [PAD], id 0
+        # One look-up for both stacks, because its gradient is as large as the embedding; of flat tokens, so
+        # that both parts are contiguous, as what the layers give each other (to a compiler that matters).
+        h = self.embed(torch.cat([tokens.flatten(), previous.flatten()]))
+        read, previous = h.split([tokens.numel(), labels.numel()])
+        return read.view(*tokens.shape, -1), previous.view(*labels.shape, -1)
+
+    def encoder_bias(self, length):
+        """Of the encoder's self-attention: (1, H, length, length)."""
+        places = torch.arange(length, device=self.embedding.device)
+        return self.position_bias(self.encoder_positions, places, places, bidirectional=True)
+
+    def finish_encoder(self, h):
+        """From the last layer's output to what the decoder attends to: (B, T, C) -> (B, T, C)."""
+        return F.dropout(self.encoder_norm(h), self.config.dropout, self.training)
+
     def encode(self, h, padding=None, layers=None):
         """The encoder's output for embedded tokens: (B, T, C) -> (B, T, C)."""
-        places = torch.arange(h.shape[1], device=h.device)
-        bias = self.position_bias(self.encoder_positions, places, places, bidirectional=True)
+        bias = self.encoder_bias(h.shape[1])
         bias = bias if padding is None else bias + padding
         for index in self.present_layers if layers is None else layers:
             h = self.layers[index].encoder(h, bias)
-        return F.dropout(self.encoder_norm(h), self.config.dropout, self.training)
+        return self.finish_encoder(h)
 
     def decode(self, h, encoded, padding=None, layers=None, caches=None):
         """Scores of the next tokens, for embedded ones: (B, P, C) -> (B, P, V). With `caches` (a dictionary
@@ -441,13 +479,9 @@ class T5(LanguageModel):
     def logits(self, batch, layers=None):
         """Scores over the vocabulary for every label: (B, P, V)."""
         with self.autocast():
-            tokens, labels, padding = batch["tokens"], batch["labels"], padding_bias(batch.get("mask"))
-            previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with [PAD], id 0
-            # One look-up for both stacks, because its gradient is as large as the embedding; of flat tokens, so
-            # that both parts are contiguous, as what the layers give each other (to a compiler that matters).
-            read, previous = self.embed(torch.cat([tokens.flatten(), previous.flatten()])).split([tokens.numel(), labels.numel()])
-            encoded = self.encode(read.view(*tokens.shape, -1), padding, layers)
-            return self.decode(previous.view(*labels.shape, -1), encoded, padding, layers)
+            padding = padding_bias(batch.get("mask"))
+            read, previous = self.embed_both(batch)
+            return self.decode(previous, self.encode(read, padding, layers), padding, layers)
 
     @torch.no_grad()
     def generate(self, batch, max_length, end=1, use_cache=True):

@@ -22,15 +22,26 @@ def is_main():
     return process() == 0
 
 
-def cut(positions, draws, micro_batch):
-    """(draw, positions) of the micro-batches of this process: the update's rows in `draws` groups, each
-    shared out over the processes and cut to at most `micro_batch` rows."""
-    for draw, group in enumerate(np.array_split(positions, draws)):
-        if 0 < len(group) < processes():  # a process without rows would have no gradients to add
-            raise UserError(f"{len(positions)} rows in {draws} group(s) cannot be shared out over {processes()} processes; use fewer processes, or a larger --batch (or whatever option of the method says how many rows it takes)")
-        mine = np.array_split(group, processes())[process()]
-        for first in range(0, len(mine), micro_batch):
-            yield draw, mine[first : first + micro_batch]
+def micro_batches(groups, micro_batch):
+    """This process's part of an update.
+
+    Args:
+        groups: [(positions, layers)], the update's rows and the layers that they train.
+        micro_batch: rows of a forward pass, at most.
+    Returns:
+        [(positions, layers)]: each group is shared out over the processes, and a share is split.
+    """
+    parts = []
+    for positions, layers in groups:
+        if 0 < len(positions) < processes():  # a process without rows would have no gradients to add
+            raise UserError(
+                f"a group of {len(positions)} rows cannot be shared out over {processes()} processes; "
+                "use fewer processes or more rows (--batch, or the method's own option)"
+            )
+        mine = np.array_split(positions, processes())[process()]
+        for start in range(0, len(mine), micro_batch):
+            parts.append((mine[start : start + micro_batch], layers))
+    return parts
 
 
 def sum_over_processes(tensors, bucket_elements=1 << 25):
@@ -57,3 +68,14 @@ def gather(values, device):
     everyone = [torch.empty_like(mine) for _ in range(processes())]
     dist.all_gather(everyone, mine)
     return [row.tolist() for row in everyone]
+
+
+def max_over_processes(values, device):
+    """The largest of each number over all processes, in a list."""
+    return [max(column) for column in zip(*gather(values, device))]
+
+
+def wait_for_all():
+    """Returns when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()

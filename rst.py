@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import Parser, UserError, exits_on_user_error
-from parallel import gather
+from parallel import gather, max_over_processes
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
 # autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the paper's
@@ -206,17 +206,23 @@ def fastest_dtype(device):
 # -- The clock ---------------------------------------------------------------------------------------------
 
 PROBE_SHARE = 0.01  # of the time goes into probing
-OPENING_PROBES = 16  # before the start; their mean counts as one probe, or they would outvote those that follow
-PROBE_MEMORY_SECONDS = 60.0  # the factor in force is taken from the mean of the probes of the last minute, ...
-LEAST_PROBES = 2  # ... of the last two where they are rarer: a change of load is forgotten in a minute, or two probes
-PROBE_STALL_WINDOW = 5  # a probe counts at most STALL_LIMIT times the median of the last of them: few count, so none may count for all
-STALL_LIMIT = 3.0  # times the median of the last STALL_WINDOW updates is the most that ...
-STALL_WINDOW = 50  # ... the loop's own part of an update is charged
-STALL_HISTORY = 5  # updates before the limit applies
+PROBE_MEMORY_SECONDS = 60.0  # a change of load is forgotten after a minute ...
+LEAST_PROBES = 4  # ... or after so many probes, where they are rarer
+STALL = 10.0  # times the usual time: an update that takes longer is counted and shown
 
 
 class Clock:
     """Charges a run in reference seconds, and says how much of the budget is spent.
+
+    An update is charged everything between the start and the end of `charged()`, on the slowest process,
+    less its `free()` blocks, times the factor. The factor is that of the probes of the last minute (of the
+    last four, where they are rarer), without the fastest and the slowest; before the run eight are taken.
+
+        On the reference a probe takes 0.20 s. Here the last ones took 0.24, 0.25, 0.26 and 0.90 s:
+        without 0.24 and 0.90 the mean is 0.255 s, so the factor is 0.20 / 0.255 = 0.78.
+        An update that takes 1.5 s here, 0.2 s of them free, is charged (1.5 - 0.2) x 0.78 = 1.02 s.
+        With two processes at that factor it is 0.78 + 0.78 = 1.57: the update is the work of two machines,
+        and the slower one's 1.3 s are charged as 1.3 x 1.57 = 2.04 s.
 
     Args:
         reference: a `Reference`.
@@ -229,76 +235,74 @@ class Clock:
 
     def __init__(self, reference, model, device, budget_seconds=None, budget_updates=None, reprobe=True):
         self.reference, self.device = reference, torch.device(device)
-        self.budget_seconds, self.budget_updates = budget_seconds, budget_updates
-        self.updates, self.spent_seconds, self.cut_seconds, self.free_seconds = 0, 0.0, 0.0, 0.0
-        self.pace = collections.deque(maxlen=STALL_WINDOW)  # charged seconds per row and layer
-        self.factor_history = []  # [spent seconds, factor]
-        self.free_block_seconds = 0.0  # since the last charge
+        self.budget_seconds, self.budget_updates, self.reprobe = budget_seconds, budget_updates, reprobe
+        self.updates, self.spent_seconds, self.free_seconds = 0, 0.0, 0.0
+        self.stalls, self.stall_seconds = 0, 0.0
+        self.last_seconds = collections.deque(maxlen=50)  # of the last updates, here: what is usual
+        self.free_block_seconds = 0.0  # of this update
         self.weights = []  # what may not change in free(): set by the training loop
-        self.probe, self.since_probe = None, 0.0
-        self.probes = collections.deque()  # (when it was taken, its seconds)
-        self.last_probes = collections.deque(maxlen=PROBE_STALL_WINDOW)  # (its seconds, wall seconds), as measured
-        self.reprobe = reprobe
-        self.factor = 1.0
+        self.rehearsed_progress = None  # set while the loop warms up the shapes of a later time
+        self.probe, self.probes, self.seconds_since_probe = None, collections.deque(), 0.0
+        self.factor, self.factor_history = 1.0, []  # [spent seconds, factor]
         if reference.probe_seconds:
             name = model if model in reference.probe_seconds else next(iter(reference.probe_seconds))
             self.probe = Probe(name, device, fastest_dtype(device))
             self.probe.seconds()  # warm-up
-            self.measure(OPENING_PROBES)
+            self.measure(2 * LEAST_PROBES)
 
     def measure(self, repeats=1):
-        """Times the probe, with all processes together, and puts the new factor in force."""
-        times = []
+        """Times the probe, on all processes together, and puts the new factor in force."""
         for _ in range(repeats):
-            start = time.perf_counter()
-            seconds = self.probe.seconds()
-            usual = statistics.median(before for before, _ in self.last_probes) if self.last_probes else seconds
-            times.append(min(seconds, STALL_LIMIT * usual))
-            self.last_probes.append((seconds, time.perf_counter() - start))
-        now = time.perf_counter()
-        self.probes.append((now, statistics.mean(times)))
-        while len(self.probes) > LEAST_PROBES and now - self.probes[0][0] > PROBE_MEMORY_SECONDS:
+            self.probes.append((self.probe.seconds(), time.perf_counter()))
+        oldest = time.perf_counter() - PROBE_MEMORY_SECONDS
+        while len(self.probes) > LEAST_PROBES and self.probes[0][1] < oldest:
             self.probes.popleft()
-        mine = self.reference.probe_seconds[self.probe.name] / statistics.mean(seconds for _, seconds in self.probes)
-        results = gather([mine, statistics.median(wall for _, wall in self.last_probes)], self.device)
-        self.factor = sum(factor for factor, _ in results)
-        self.probe_wall_seconds = max(seconds for _, seconds in results)
-        self.since_probe = 0.0
+        seconds = sorted(seconds for seconds, _ in self.probes)
+        mine = statistics.mean(seconds[1:-1] if len(seconds) >= LEAST_PROBES else seconds)
+        factor = self.reference.probe_seconds[self.probe.name] / mine
+        everyone = gather([factor, mine * self.probe.rows / self.probe.full_rows], self.device)
+        self.factor = sum(factor for factor, _ in everyone)
+        self.probe_wall_seconds = max(wall for _, wall in everyone)
+        self.seconds_since_probe = 0.0
         self.factor_history.append([self.spent_seconds, self.factor])
+
+    def probe_when_due(self):
+        """Between updates: keeps the probing at its share of the time. Not charged."""
+        if not self.probe or not self.reprobe:
+            return
+        if self.seconds_since_probe * PROBE_SHARE >= self.probe_wall_seconds:
+            self.measure()
 
     @property
     def progress(self):
         """Share of the budget that is spent, in [0, 1]: what every schedule follows."""
+        if self.rehearsed_progress is not None:
+            return self.rehearsed_progress
         if self.budget_updates is not None:
             return min(1.0, self.updates / self.budget_updates)
         return min(1.0, self.spent_seconds / self.budget_seconds)
 
-    def charge(self, loop_seconds, method_seconds, row_layers):
-        """Charges one update; returns the parts for the log, in reference seconds.
+    @contextlib.contextmanager
+    def charged(self):
+        """One update: what happens in this block is charged, less its free blocks."""
+        synchronise(self.device)
+        self.free_block_seconds, start = 0.0, time.perf_counter()
+        yield
+        synchronise(self.device)
+        mine = [time.perf_counter() - start - self.free_block_seconds, self.free_block_seconds]
+        self.charge(*max_over_processes(mine, self.device))
 
-        Args:
-            loop_seconds: forward, backward and step, which a stall of the machine cannot inflate beyond
-                STALL_LIMIT times the usual time for as many rows and layers.
-            method_seconds: what the method did in its places; charged in full, whatever it takes.
-            row_layers: the sum of active layers over the update's rows.
-        Both times are those of the slowest process. Free blocks must be subtracted already.
-        """
-        loop, method = loop_seconds * self.factor, method_seconds * self.factor
-        cut = 0.0
-        if len(self.pace) >= STALL_HISTORY:
-            cut = max(0.0, loop - STALL_LIMIT * statistics.median(self.pace) * row_layers)
-        self.pace.append(loop / row_layers)
-        charged = loop - cut + method
+    def charge(self, seconds, free_seconds):
+        """Charges an update of so many seconds here, on the slowest process."""
+        self.charged_seconds, self.update_free_seconds = seconds * self.factor, free_seconds
         self.updates += 1
-        self.spent_seconds += charged
-        self.cut_seconds += cut
-        self.since_probe += loop_seconds + method_seconds
-        return {"charged_seconds": charged, "loop_seconds": loop - cut, "method_seconds": method, "cut_seconds": cut}
-
-    def probe_when_due(self):
-        """Between updates: keeps the probing at its share of the time. Not charged."""
-        if self.probe and self.reprobe and self.since_probe * PROBE_SHARE >= self.probe_wall_seconds:
-            self.measure()
+        self.spent_seconds += self.charged_seconds
+        self.free_seconds += free_seconds
+        self.seconds_since_probe += seconds
+        if self.last_seconds and seconds > STALL * statistics.median(self.last_seconds):
+            self.stalls += 1
+            self.stall_seconds += self.charged_seconds
+        self.last_seconds.append(seconds)
 
     @contextlib.contextmanager
     def free(self):
@@ -312,18 +316,11 @@ class Clock:
         if changed:
             raise RuntimeError("weights changed inside clock.free(): free work may not train the model")
 
-    def take_free_seconds(self):
-        """Local seconds of the free blocks since the last call."""
-        seconds, self.free_block_seconds = self.free_block_seconds, 0.0
-        return seconds
-
     def state_dict(self):
-        names = ("updates", "spent_seconds", "cut_seconds", "free_seconds", "since_probe", "factor_history")
-        return {name: getattr(self, name) for name in names} | {"pace": list(self.pace)}
+        names = ("updates", "spent_seconds", "free_seconds", "stalls", "stall_seconds")
+        return {name: getattr(self, name) for name in (*names, "seconds_since_probe", "factor_history")}
 
     def load_state_dict(self, state):
-        state = dict(state)
-        self.pace.extend(state.pop("pace"))
         # The factor is this session's: the run may have moved to another machine.
         for name, value in state.items():
             setattr(self, name, value)

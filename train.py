@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import rst  # before torch: it says how OpenMP's threads wait
+import rst  # sets GOMP_SPINCOUNT, so it must precede torch
 
 import numpy as np
 import torch
@@ -47,38 +47,47 @@ from data.corpus import Corpus
 from data.prepare import TINY_VOCABULARY, boolean, corpus_folder
 from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import SCHEDULES
-from parallel import cut, gather, is_main, process, processes, sum_over_processes
+from parallel import (
+    is_main,
+    max_over_processes,
+    micro_batches,
+    process,
+    processes,
+    sum_over_processes,
+    wait_for_all,
+)
 
 ROOT = Path(__file__).resolve().parent
 WEEK_HOURS = 7 * 24
 
 
-def setting(default, help, choices=()):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=(), group=None):
+    """A flag. `group`: the heading in --help of this flag and those that follow."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
 
 
 @dataclass(frozen=True)
 class Config:
     """Every flag. None: resolved by `resolve`, and printed."""
 
-    # What is trained
-    model: str = setting("bert", "which model", tuple(models.SIZES))
-    size: str = setting(None, "tiny, small or base (base with a GPU, else tiny)", ("tiny", "small", "base"))
+    model: str = setting("bert", "which model", tuple(models.SIZES), group="what is trained")
+    size: str = setting(None, "base with a GPU, else tiny", ("tiny", "small", "base"))
     method: str = setting("baseline", "a file of methods/, or several joined by +")
-    # On what
-    data: str = setting(None, "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)")
+
+    data: str = setting(None, "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)", group="on what")
     vocabulary: int = setting(None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)")
     row_length: int = setting(None, "tokens that a row reads (128; t5 from small on: 512)")
     holdout: float = setting(0.2, "share of the rows that is kept from training, for every method alike")
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(None, "rows of the fixed validation set (base: 10000, else 1000)")
-    # For how long
-    budget_hours: float = setting(None, "budget in hours of the reference (0.05)")
+
+    budget_hours: float = setting(None, "budget in hours of the reference (0.05)", group="for how long")
     budget_steps: int = setting(None, "budget in updates instead")
     reference: str = setting(None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this; else the study's)")
     reprobe: bool = setting(True, "time the probe again during the run")
-    # The recipe (defaults by method, model and size)
-    batch: int = setting(None, "rows an update")
+    validations: int = setting(4, "how often to validate, evenly over the budget; the last is at its end")
+
+    batch: int = setting(None, "rows an update", group="the recipe (defaults by method, model and size)")
     lr: float = setting(None, "peak learning rate")
     schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
     beta1: float = setting(None, "decay of the first moment")
@@ -88,13 +97,12 @@ class Config:
     rms_scaling: bool = setting(None, "scale each tensor's rate by its RMS (t5)")
     clip: float = setting(None, "limit of the global gradient norm")
     seed: int = setting(0, "of initial weights, row order and corruption")
-    # How it runs; may change on resume
-    device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)")
-    dtype: str = setting(None, "fp32, bf16 or fp16 (bf16 on a GPU, fp32 on a CPU)", ("fp32", "bf16", "fp16"))
-    compile: bool = setting(False, "compile the layers, one by one")
+
+    device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)", group="how it runs (may change on resume)")
+    dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", ("fp32", "bf16", "fp16"))
+    compile: bool = setting(False, "compile the layers, one by one, and the project's own optimizers")
     micro_batch: int = setting(None, "rows a forward pass; changes speed and memory only (CPU: 8; GPU: bert 128, t5 72)")
     threads: int = setting(0, "CPU threads (0: torch's choice)")
-    validations: int = setting(4, "how often to validate, evenly over the budget; the last is at its end")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints")
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
     yes: bool = setting(False, "start a plan of over a week")
@@ -141,13 +149,16 @@ def parse(arguments):
 
     def add(group, name, kind, default, help, choices):
         help = help.replace("%", "%%")  # argparse formats it
-        shown = help if default is None else f"{help} ({str(default).lower() if kind is bool else default})"
+        shown = help if default in (None, "") else f"{help} ({str(default).lower() if kind is bool else default})"
         extra = dict(nargs="?", const=True) if kind is bool else dict(choices=choices or None)
-        group.add_argument(f"--{name}", type=boolean if kind is bool else kind, help=shown, metavar=kind.__name__.upper(), **extra)
+        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+        group.add_argument(f"--{name}", type=boolean if kind is bool else kind, help=shown, metavar=metavar, **extra)
 
     for field in dataclasses.fields(Config):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
         if field.name != "options":
-            add(parser, field.name, field.type, field.default, field.metadata["help"], field.metadata["choices"])
+            add(group, field.name, field.type, field.default, field.metadata["help"], field.metadata["choices"])
     parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
     group = parser.add_argument_group(f"options of --method={method}")
     for name, option in options.items():
@@ -178,9 +189,11 @@ def resolve(typed):
     size = values["size"] = values["size"] or ("base" if on_gpu else "tiny")
     combination = methods.find(values["method"])
     recipe = combination.defaults(values["model"], size)
-    open_flags = {field.name for field in dataclasses.fields(Config) if field.default is None}
-    if unknown := set(recipe) - open_flags - set(combination.options):
-        raise UserError(f"--method={combination.name}: its defaults have {', '.join(sorted(unknown))}, which is neither a common flag without a value nor an option of its own")
+    for name, cls in combination.classes.items():
+        if values["model"] not in cls.models:
+            raise UserError(f"--method={name} is for {' and '.join(cls.models)}, not for {values['model']}")
+    if typed.get("schedule") and combination.owner["schedule"]:
+        raise UserError(f"--schedule={typed['schedule']}: {combination.owner['schedule']} sets the learning rate itself")
     defaults = {
         "vocabulary": VOCABULARY[values["model"]][size],
         "row_length": ROW_LENGTH[values["model"]][size],
@@ -411,7 +424,7 @@ def validate(model, corpus, rows_per_batch):
 
 @contextlib.contextmanager
 @torch.no_grad()
-def exchanged(weights):
+def swapped_weights(weights):
     """Gives parameters other values, {parameter: tensor}, and afterwards their own again."""
     own = [parameter.clone() for parameter in weights]
     for parameter, value in weights.items():
@@ -423,22 +436,31 @@ def exchanged(weights):
             parameter.copy_(value)
 
 
-def warm_up(model, corpus, config, draws):
-    """Runs the shapes of the run on throw-away batches, so that compilation and first-time work are done
-    before the clock starts. Returns the seconds of one update's forward and backward."""
-    sizes = [len(rows) for _, rows in cut(np.arange(config.batch), draws, config.micro_batch)]
-    seconds = {}
-    for rows in sorted(set(sizes)):
-        for _ in range(2):
+def warm_up(method, model, corpus, config, clock):
+    """Runs all shapes of the run on throw-away batches, so that compilation and first-time work are done
+    before the clock starts: the shapes that `inputs` makes at any time of the budget, and both its ends
+    (a method may compute something else there). Returns the seconds of an update's forward and backward."""
+    groups = method.groups(np.arange(config.batch))
+    sizes = [len(rows) for rows, _ in micro_batches(groups, config.micro_batch)]
+    seconds, seen, times = {}, set(), np.linspace(clock.progress, 1, 101).tolist()
+    for number, time_of_budget in enumerate(times):
+        clock.rehearsed_progress = time_of_budget
+        for size in sorted(set(sizes)):
+            batch = method.inputs(np.arange(size))
+            shapes = tuple(tensor.shape for tensor in batch.values())
+            if shapes in seen and number not in (0, len(times) - 1):
+                continue
+            seen.add(shapes)
             rst.synchronise(config.device)
             start = time.perf_counter()
-            model.loss(corpus.batch(np.arange(rows))).backward()
+            method.loss(batch, model.present_layers).backward()
             rst.synchronise(config.device)
-            seconds[rows] = time.perf_counter() - start
+            seconds[size] = time.perf_counter() - start
+    clock.rehearsed_progress = None
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         model.loss(corpus.batch(np.arange(min(config.micro_batch, config.batch))))
-    return sum(seconds[rows] for rows in sizes)
+    return sum(seconds[size] for size in sizes)
 
 
 def open_corpus(config):
@@ -454,8 +476,7 @@ def open_corpus(config):
             say("preparing pydocs, the documentation strings of what is installed (once, about a minute)")
             if (status := subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *arguments]).returncode) != 0:
                 raise UserError(f"preparing pydocs failed (exit status {status})")
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     return Corpus(
         folder, config.seed, config.device, config.row_length, config.holdout, config.train_on, config.validation_rows
     )  # fmt: skip
@@ -464,7 +485,8 @@ def open_corpus(config):
 def print_plan(config, folder):
     budget = f"{config.budget_steps} updates" if config.budget_steps else f"{config.budget_hours:g} hours of reference {config.reference}"
     say(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
-    say(f"  recipe   batch {config.batch}, lr {config.lr:g}, {config.schedule}, betas ({config.beta1:g}, {config.beta2:g}), "
+    schedule = methods.find(config.method).owner["schedule"] or config.schedule
+    say(f"  recipe   batch {config.batch}, lr {config.lr:g}, {schedule}, betas ({config.beta1:g}, {config.beta2:g}), "
         f"{'RMS scaling, ' if config.rms_scaling else ''}"
         f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}")  # fmt: skip
     if config.options:
@@ -483,7 +505,7 @@ def train(config, folder, resume=False):
     finished_models, finished_runs = {}, {}
     for name, prerequisite in combination.prerequisites(config).items():
         finished = finish(name, prerequisite)
-        finished_models[name] = prepared(models.load(finished / "model.pt", config.device), config)
+        finished_models[name] = configure(models.load(finished / "model.pt", config.device), config)
         costs = read_json(finished / "result.json")
         finished_runs[name] = {"folder": shown(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
     with locked_log(folder, resume) as log, explains_out_of_memory(f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"):
@@ -496,127 +518,129 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     started = time.perf_counter()
     reference = rst.find_reference(config.reference)
     budget_seconds = config.budget_hours and config.budget_hours * 3600
-    clock = rst.Clock(reference, config.model, config.device, budget_seconds, config.budget_steps, config.reprobe)
+    clock = rst.Clock(
+        reference, config.model, config.device, budget_seconds, config.budget_steps, config.reprobe
+    )
     if budget_seconds:
         refuse_long(config, budget_seconds / clock.factor, f"factor {clock.factor:.4g}")
     corpus = open_corpus(config)
-    if corpus.meta["model"] != config.model:
-        raise UserError(f"--data={config.data} has the tokens of --model={corpus.meta['model']}, not of {config.model}")
-    if corpus.vocabulary_size != config.vocabulary:
-        raise UserError(f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not {config.vocabulary}")
+    refuse_other_tokens(config, corpus)
     torch.manual_seed(config.seed)
-    model = prepared(models.build(config.model, config.size, config.vocabulary).to(config.device), config)
+    model = models.build(config.model, config.size, config.vocabulary).to(config.device)
+    configure(model, config)
     method = combination.start(model, corpus, clock, config, finished_models)
-    optimizer = method.optimizer()
+    optimizer = method.optimizer_in_use
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
     clock.weights = list(model.parameters())
     state = SimpleNamespace(wall_seconds=0.0, rows=0, skipped=0, validation_loss=None, log_bytes=0)
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
-    model.present_layers = method.evaluation_layers()
-    method.evaluation_weights()  # a mistake in these two is named now, not when they are needed first
-    method.state_dict()
+    model.present_layers = method.layers()
     entropy = corpus.unigram_entropy()
-    say(f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; unigram entropy {entropy:.4f} nats")
-    update_seconds = warm_up(model, corpus, config, method.draws_per_update)
+    say(
+        f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; "
+        f"unigram entropy {entropy:.4f} nats"
+    )
+    update_seconds = warm_up(method, model, corpus, config, clock)
     if config.budget_steps:
         refuse_long(config, (config.budget_steps - clock.updates) * update_seconds, "from a warm-up step")
 
     if is_main():
         log.truncate(state.log_bytes)
-        shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # with model.pt it is all that fine-tuning needs
+        shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # fine-tuning needs it with model.pt
         if not clock.updates:  # nothing of an earlier process counts, nor what it was started with
             write_json(folder / "config.json", dataclasses.asdict(config))
-    bar = tqdm(total=1.0, initial=clock.progress, disable=None if is_main() else True, desc=config.method,
-               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
+    bar = tqdm(
+        total=1.0,
+        initial=clock.progress,
+        disable=None if is_main() else True,
+        desc=config.method,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+    )
 
-    def write_log(record):
+    def write_log(**record):
         if is_main():
             state.log_bytes += log.write(json.dumps(record) + "\n")
             log.flush()
 
     def save_checkpoint():
         if is_main():
-            models.write_whole({
-                "config": identity(config), "corpus": corpus.meta["checksum"], "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "method": method.state_dict(),
-                "clock": clock.state_dict(), "stream": corpus.state_dict(),
-                "state": vars(state) | {"wall_seconds": state.wall_seconds + time.perf_counter() - started},
-            }, folder / "checkpoint.pt")  # fmt: skip
+            wall_seconds = state.wall_seconds + time.perf_counter() - started
+            stored = {
+                "config": identity(config),
+                "corpus": corpus.meta["checksum"],
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "method": method.state_dict(),
+                "clock": clock.state_dict(),
+                "stream": corpus.state_dict(),
+                "state": vars(state) | {"wall_seconds": wall_seconds},
+            }
+            models.write_whole(stored, folder / "checkpoint.pt")
+        wait_for_all()  # or the others would be charged their waiting, in the next update
 
     stop, checkpoint_due = StopSignal(), time.perf_counter() + 60 * config.checkpoint_minutes
+    wait_for_all()  # whoever was ready first is not charged for the others
     try:
         # ---------------------------------- the training loop ----------------------------------
         while clock.progress < 1:
-            progress, compiled_before = clock.progress, compilations()
-            rate = config.lr * SCHEDULES[config.schedule](progress)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            progress, graphs = clock.progress, compilations()
+            with clock.charged():
+                # What the methods decide: growth (here and nowhere else), the rate, the rows.
+                method.begin_update()
+                model.present_layers = method.layers()
+                rate_share = method.schedule(progress)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * rate_share
+                positions = method.next_batch()
 
-            # What the method decides: which layers train (growth happens here), and on which rows.
-            start = now(config.device)
-            layers = [method.active_layers(draw) for draw in range(method.draws_per_update)]
-            model.present_layers = method.evaluation_layers()
-            positions = method.next_batch()
-            method_seconds = -start + (start := now(config.device))
+                # The gradient of the mean over all predicted tokens: every row has as many of them, so a
+                # micro-batch weighs its share of the rows, and how rows are split changes nothing.
+                loss = torch.zeros((), device=config.device)
+                for rows, layers in micro_batches(method.groups(positions), config.micro_batch):
+                    part = method.loss(method.inputs(rows), layers) * (len(rows) / len(positions))
+                    scaler.scale(part).backward()
+                    loss += part.detach()
+                gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+                sum_over_processes([loss, *gradients])
+                scaler.unscale_(optimizer)
 
-            # Gradients of the mean over all predicted tokens: each row has as many, so a micro-batch
-            # weighs as much as its share of the update's rows.
-            loss = torch.zeros((), device=config.device)
-            for draw, rows in cut(positions, method.draws_per_update, config.micro_batch):
-                part = model.loss(corpus.batch(rows), layers=layers[draw]) * (len(rows) / len(positions))
-                scaler.scale(part).backward()
-                loss += part.detach()
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            sum_over_processes([loss, *gradients])
-            scaler.unscale_(optimizer)
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            loss, gradient_norm = torch.stack([loss, gradient_norm]).tolist()  # waits for the device
-            skipped = scaler.is_enabled() and not math.isfinite(gradient_norm)  # overflow in fp16: the scale is lowered
-            if not math.isfinite(loss) or not (math.isfinite(gradient_norm) or skipped):
-                raise UserError(
-                    f"the loss is {loss} and its gradient's norm {gradient_norm} in update {clock.updates + 1}, stream positions "
-                    f"{positions[0]} to {positions[-1]}, lr {rate:.3g}; lower --lr or --clip. What was saved before is in {shown(folder)}"
-                )
-            loop_seconds = -start + (start := now(config.device))
+                # The only wait for the device: what is not finite must not reach the weights.
+                gradient_norm = torch.nn.utils.get_total_norm(gradients)
+                loss, norm = torch.stack([loss, gradient_norm]).tolist()
+                skipped = scaler.is_enabled() and not math.isfinite(norm)  # overflow in fp16: the scale is lowered
+                refuse_not_finite(loss, 0.0 if skipped else norm, clock, config, folder)
 
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            step_seconds = -start + (start := now(config.device))
-            if not skipped:
-                method.after_step()
-            method_seconds += now(config.device) - start
+                method.before_step(gradient_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if not skipped:
+                    method.after_step()
 
-            # A method's own optimizer is one of its places, the baseline's is the loop's.
-            free_seconds = clock.take_free_seconds()
-            mine = (loop_seconds, step_seconds, method_seconds - free_seconds, free_seconds, stop.number, time.perf_counter() >= checkpoint_due)
-            everyone = zip(*gather(mine, config.device))
-            loop_seconds, step_seconds, method_seconds, free_seconds, stop_signal, save_now = map(max, everyone)
-            if method.owns_optimizer:
-                method_seconds += step_seconds
-            else:
-                loop_seconds += step_seconds
-            row_layers = sum(len(group) * max(1, len(layers[draw])) for draw, group in enumerate(np.array_split(positions, len(layers))))
-            charge = clock.charge(loop_seconds, method_seconds, row_layers)
-            clock.free_seconds += free_seconds
+            # From here to the next update nothing is charged.
             state.rows += len(positions)
             state.skipped += skipped
-            write_log({"update": clock.updates, "loss": loss, "lr": rate, "progress": progress,
-                       "gradient_norm": None if skipped else gradient_norm,
-                       "rows": len(positions), "row_layers": row_layers, **charge, "free_seconds": free_seconds,
-                       "spent_seconds": clock.spent_seconds, "factor": clock.factor, "skipped": skipped,
-                       "compilations": compilations() - compiled_before, **method.report()})  # fmt: skip
+            write_log(
+                update=clock.updates, loss=loss, lr=config.lr * rate_share, progress=progress,
+                gradient_norm=None if skipped else norm, rows=len(positions), skipped=skipped,
+                charged_seconds=clock.charged_seconds, free_seconds=clock.update_free_seconds,
+                spent_seconds=clock.spent_seconds, factor=clock.factor,
+                compilations=compilations() - graphs, **method.report(),
+            )  # fmt: skip
             bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
             bar.update(clock.progress - bar.n)
-
-            # What is not charged: validation, checkpoints, probing.
             if int(clock.progress * config.validations) > int(progress * config.validations):
-                with exchanged(method.evaluation_weights()):
+                with swapped_weights(method.evaluation_weights()):
                     state.validation_loss = validate(model, corpus, config.micro_batch)
-                write_log({"update": clock.updates, "validation_loss": state.validation_loss, "progress": clock.progress,
-                           "lr": config.lr * SCHEDULES[config.schedule](clock.progress), "spent_seconds": clock.spent_seconds})  # fmt: skip
+                write_log(
+                    update=clock.updates, validation_loss=state.validation_loss, progress=clock.progress,
+                    lr=config.lr * method.schedule(clock.progress), spent_seconds=clock.spent_seconds,
+                )  # fmt: skip
                 say(f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {state.validation_loss:.4f}")
+            save_now = time.perf_counter() >= checkpoint_due
+            stop_signal, save_now = max_over_processes([stop.number, save_now], config.device)
             if stop_signal or save_now:
                 save_checkpoint()
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
@@ -632,35 +656,73 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     save_checkpoint()
     state.wall_seconds += time.perf_counter() - started
     result = {
-        "command": shlex.join(sys.argv), "commit": git_commit(), "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": git_commit(),
+        "finished": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": rst.device_name(config.device), "threads": torch.get_num_threads(), "processes": processes(),
-        "config": dataclasses.asdict(config), "corpus": corpus.meta["checksum"],
-        "updates": clock.updates, "layers": len(method.evaluation_layers()), "rows": state.rows, "skipped_updates": state.skipped,
-        "validation_loss": state.validation_loss, "unigram_entropy": entropy,
-        "reference": dataclasses.asdict(reference), "factor_history": clock.factor_history,
-        "charged_seconds": clock.spent_seconds, "free_seconds": clock.free_seconds, "cut_seconds": clock.cut_seconds,
-        "wall_seconds": state.wall_seconds, "prerequisites": finished_runs,
-    }  # fmt: skip
-    with exchanged(method.evaluation_weights()):
+        "device": rst.device_name(config.device),
+        "threads": torch.get_num_threads(),
+        "processes": processes(),
+        "config": dataclasses.asdict(config),
+        "method_files": method.source_hashes(),
+        "corpus": corpus.meta["checksum"],
+        "updates": clock.updates,
+        "layers": len(model.present_layers),
+        "rows": state.rows,
+        "skipped_updates": state.skipped,
+        "validation_loss": state.validation_loss,
+        "unigram_entropy": entropy,
+        "reference": dataclasses.asdict(reference),
+        "factor_history": clock.factor_history,
+        "charged_seconds": clock.spent_seconds,
+        "free_seconds": clock.free_seconds,
+        "stalls": clock.stalls,
+        "stall_seconds": clock.stall_seconds,
+        "wall_seconds": state.wall_seconds,
+        "prerequisites": finished_runs,
+    }
+    with swapped_weights(method.evaluation_weights()):
         if is_main():
             models.save(model, folder / "model.pt")
     if is_main():
         write_json(folder / "result.json", result)
-    if dist.is_initialized():
-        dist.barrier()  # whoever needs the finished run next finds it whole
-    say(f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, {state.rows:,} rows; "
-        f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})")  # fmt: skip
-    say(f"charged {clock.spent_seconds:.6g} s of {config.reference}, free {clock.free_seconds:.4g} s, wall {state.wall_seconds:.0f} s; in {shown(folder)}")
+    wait_for_all()  # whoever needs the finished run next finds it whole
+    say(
+        f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, {state.rows:,} rows; "
+        f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})"
+    )
+    stalls = f" ({clock.stalls} stalls: {clock.stall_seconds:.3g} s)" if clock.stalls else ""
+    say(
+        f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free {clock.free_seconds:.4g} s, "
+        f"wall {state.wall_seconds:.0f} s; in {shown(folder)}"
+    )
     if result["layers"] < len(model.layers):
-        say(f"note: the model has {result['layers']} of its {len(model.layers)} layers; the budget ended before --method={config.method} used them all")
-    if clock.cut_seconds > 0.01 * clock.spent_seconds:
-        say(f"note: stalls of this machine were cut by {clock.cut_seconds:.4g} s, over 1% of what was charged")
+        say(
+            f"note: the model has {result['layers']} of its {len(model.layers)} layers; "
+            f"the budget ended before --method={config.method} used them all"
+        )
     return result
 
 
-def prepared(model, config):
-    """Sets how this run computes: the precision, and whether layers are compiled."""
+def refuse_other_tokens(config, corpus):
+    """Raises UserError for a corpus of the other model or of another vocabulary."""
+    if corpus.meta["model"] != config.model:
+        raise UserError(f"--data={config.data} has the tokens of --model={corpus.meta['model']}, not of {config.model}")
+    if corpus.vocabulary_size != config.vocabulary:
+        raise UserError(f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not {config.vocabulary}")
+
+
+def refuse_not_finite(loss, gradient_norm, clock, config, folder):
+    """Raises UserError for a loss or a gradient that is not finite, before it does harm."""
+    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+        raise UserError(
+            f"the loss is {loss} and its gradient's norm {gradient_norm} in update {clock.updates + 1}; lower --lr "
+            f"(it is {config.lr:g}) or --clip. What was saved before is in {shown(folder)}"
+        )
+
+
+def configure(model, config):
+    """Sets how a model computes in this run: the precision, and whether layers are compiled."""
     model.autocast_dtype = DTYPES[config.dtype]
     if config.compile:
         model.compile_layers()
@@ -671,11 +733,6 @@ def compilations():
     """Graphs that torch.compile has made so far in this process. Those of the warm-up are not charged;
     one that a later update needs is part of its time, and of its line in the log."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def now(device):
-    rst.synchronise(device)
-    return time.perf_counter()
 
 
 def spent_text(clock):

@@ -25,10 +25,10 @@ from errors import UserError
 from .prepare import CHECKSUM_BYTES, SENTINELS, SEPARATOR, SPECIAL_TOKENS, load_tokenizer, meta_checksum
 
 MASK = SPECIAL_TOKENS.index("[MASK]")
-NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # of T5's span corruption
-MASK_SHARE = 0.15  # of a row's tokens are predicted (the study, METHODS 2.1); 19 of 128, always
+MASK_SHARE = 0.15  # of a row's tokens are predicted, in both models (the study): BERT's 19 of 128
+MEAN_SPAN = 3.0  # tokens, of T5's span corruption
 
-TRAINING, SECOND = 0, 1  # the streams, each an order of its own of the same rows: for training, for a method's extra passes
+TRAINING_STREAM, SECOND_STREAM = 0, 1  # of the same rows, each in an order of its own; the second for passes that train nothing
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
 META_KEYS = {"model", "vocabulary_size", "separator", "first_sentinel", "train", "val", "tokenizer", "tokenizer_checksum"}
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
@@ -90,12 +90,19 @@ def smallest(draws, count):
 
 
 class Masking:
-    """BERT's masking (METHODS 2.1) with a fixed count: of every row, round(15%) tokens that are not
-    separators are predicted; of these 80% become [MASK], 10% a random token, 10% stay."""
+    """BERT's masking with a fixed count: of every row the same number of tokens that are not separators
+    is predicted; of these 80% become [MASK], 10% a random token, 10% stay.
 
-    def __init__(self, row_length, meta):
+    Which ones is a matter of each column's hash: of a larger `mask_share` the smaller one's are a part.
+    """
+
+    def __init__(self, row_length, meta, mask_share=MASK_SHARE):
         self.raw_length, self.vocabulary_size = row_length, meta["vocabulary_size"]
-        self.predicted_per_row = round(MASK_SHARE * row_length)
+        self.predicted_per_row = max(1, round(mask_share * row_length))
+
+    def with_mask_share(self, mask_share, meta):
+        """The same rows, another share of their tokens predicted."""
+        return Masking(self.raw_length, meta, mask_share)
 
     def __call__(self, tokens, positions, key):
         """tokens (B, T) and positions (B,) int64 -> dict of `tokens` (B, T), `positions` (B, P) and `labels`
@@ -117,8 +124,8 @@ class Masking:
 
 
 class SpanCorruption:
-    """T5's span corruption (METHODS 2.2; Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans
-    of three on average, are replaced by sentinels in what is read, and are what is predicted.
+    """T5's span corruption (Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans of three on
+    average, are replaced by sentinels in what is read, and are what is predicted.
 
         read:    clean_0 S_0 clean_1 S_1 ... </s>          predicted:    S_0 noise_0 S_1 noise_1 ... </s>
 
@@ -126,20 +133,24 @@ class SpanCorruption:
     where no raw length gives it exactly) and predicts `predicted_per_row`, without padding.
     """
 
-    def __init__(self, row_length, meta):
+    def __init__(self, row_length, meta, mask_share=MASK_SHARE, raw_length=None):
         def lengths(raw):
-            noise = max(1, round(raw * NOISE_DENSITY))
+            noise = max(1, round(raw * mask_share))
             spans = max(1, round(noise / MEAN_SPAN))
             return noise, spans, raw - noise + spans + 1
 
-        self.raw_length = 2
-        while lengths(self.raw_length + 1)[2] <= row_length:
+        self.row_length, self.raw_length = row_length, raw_length or 2
+        while not raw_length and lengths(self.raw_length + 1)[2] <= row_length:
             self.raw_length += 1
         self.noise, self.spans, self.read_length = lengths(self.raw_length)
         self.predicted_per_row = self.noise + self.spans + 1
         self.first_sentinel, self.end = meta["first_sentinel"], meta["separator"]
         if self.spans > SENTINELS:
             raise UserError(f"--row_length={row_length} needs {self.spans} sentinels; there are {SENTINELS}")
+
+    def with_mask_share(self, mask_share, meta):
+        """The same raw tokens, another share of them predicted: a larger one makes shorter rows to read."""
+        return SpanCorruption(self.row_length, meta, mask_share, self.raw_length)
 
     def segment(self, items, key, positions):
         """A uniformly random way to cut `items` into `spans` segments of at least one: (B, spans) ends of
@@ -216,6 +227,8 @@ class Corpus:
                 f"{folder}: {self.rows} rows of {self.raw_length} tokens to train on and {self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
+        # BERT's special tokens that stand in rows: [UNK], [CLS], [SEP], [MASK]. ([PAD] does in none.)
+        self.special_ids = list(range(1, len(SPECIAL_TOKENS)))
         self.position = [0, 0]  # of each stream: the first position that was not drawn yet
 
     @property
@@ -230,14 +243,14 @@ class Corpus:
 
     # The streams
 
-    def draw(self, count, stream=TRAINING):
+    def draw(self, count, stream=TRAINING_STREAM):
         """The next `count` positions of a stream, as an int64 array; the stream moves on."""
         first = self.position[stream]
         self.position[stream] = first + count
         self.read_ahead(np.arange(first + count, first + 2 * count), stream)
         return np.arange(first, first + count)
 
-    def row_indices(self, positions, stream=TRAINING):
+    def row_indices(self, positions, stream=TRAINING_STREAM):
         """Rows of train.bin at these positions: every epoch is a permutation of its own."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, within = positions // self.rows, positions % self.rows
@@ -255,10 +268,27 @@ class Corpus:
                 start = row * bytes_per_row // mmap.PAGESIZE * mmap.PAGESIZE
                 self.train_tokens._mmap.madvise(mmap.MADV_WILLNEED, start, (row + 1) * bytes_per_row - start)
 
-    def batch(self, positions, stream=TRAINING):
-        """The corrupted rows at stream positions (a pure function): a batch for the model."""
+    def batch(self, positions, stream=TRAINING_STREAM, row_length=None, mask_share=None):
+        """The corrupted rows at stream positions (a pure function): a batch for the model.
+
+        Args:
+            positions: integers, an array or a list.
+            stream: whose positions these are.
+            row_length: tokens to read of each row, its first ones (the run's row length).
+            mask_share: share of the row's tokens to predict (the study's 0.15).
+        """
+        objective = self.objective_for(row_length or self.row_length, mask_share or MASK_SHARE)
         rows = gather_rows(self.train_tokens, self.row_indices(positions, stream), self.raw_length)
-        return self.objective(self.to_device(rows), self.to_device(np.asarray(positions, dtype=np.int64)), hash_of(self.seed, stream))
+        rows = self.to_device(np.ascontiguousarray(rows[:, : objective.raw_length]))
+        positions = self.to_device(np.asarray(positions, dtype=np.int64))
+        return objective(rows, positions, hash_of(self.seed, stream))
+
+    def objective_for(self, row_length, mask_share):
+        """The objective for rows of this length with this share of their tokens predicted."""
+        if (row_length, mask_share) == (self.row_length, MASK_SHARE):
+            return self.objective
+        objective = OBJECTIVES[self.meta["model"]](row_length, self.meta)
+        return objective.with_mask_share(mask_share, self.meta)
 
     def validation_batches(self, rows_per_batch, process=0, processes=1):
         """The fixed validation rows of this process in batches, corrupted the same way in every run."""

@@ -9,26 +9,31 @@ Cost: 1, by definition.
 Where we differ from the release: norms, biases and the position scalar have no weight decay (there, only
 the norms' biases had none).
 
-A method is a file `methods/NAME.py` with one subclass of `Method`. It overrides a few of the places
-below and sees the model, the corpus, the clock and the configuration, never the loop.
+A method is a file `methods/NAME.py` with one subclass of `Method`. It overrides a few hooks and sees the
+model, the corpus, the clock and the configuration, never the loop.
 """
 
 import contextlib
-import inspect
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from data.corpus import SECOND_STREAM, TRAINING_STREAM  # noqa: F401 (methods use it)
 from errors import UserError
-from parallel import cut, gather, processes, sum_over_processes
+from optimizers import AdamWScale, parameter_groups
+from parallel import gather, micro_batches, processes, sum_over_processes
 
 
 @dataclass(frozen=True)
 class Option:
-    """A flag of a method's own: its default (a bool, int, float or string, which decides what the flag takes; 1.0 for
-    a number that may be 0.5), help, and the values it may have: one of `choices`, or from `minimum` to `maximum`."""
+    """A flag of a method's own.
+
+    Its default (a bool, int, float or string) decides what the flag takes: 1.0, not 1, for a number that
+    may be 0.5. Values are one of `choices`, or from `minimum` to `maximum`.
+    """
 
     default: object
     help: str
@@ -38,141 +43,184 @@ class Option:
 
 
 # What a method declares if it has forward or backward passes that train nothing.
-FREE_EXTRA_PASSES = {"free_extra_passes": Option(False, "leave passes that train nothing uncharged (the study's ablation)")}
+FREE_EXTRA_PASSES = {
+    "free_extra_passes": Option(False, "leave passes that train nothing uncharged (the study's ablation)")
+}
 
 
 class Method:
     """The baseline. A method overrides what it changes, and inherits the rest.
 
-    Class-level declarations:
-        options: {flag name: Option}.
-        defaults: {model: {size: {flag: value}}}, of common flags and its own options; a size has those of
-            "base" and over them its own. All of them go over all of the baseline's.
-        rows_per_draw: {model: rows of a batch that get `active_layers` of their own}; without, all of them
-            have the same.
+    Declarations:
+        options: {flag: Option}, flags of its own; `self.config.options` has their values.
+        defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has those of
+            "base" and over them its own; all of them go over the baseline's.
+        models: the models that it is for.
+        turned_off: {model: {option: value}} that make it the baseline, bit for bit, where there are any.
+    What it may use:
+        self.model: its `layers`, `present_layers` (those that it has now), `loss`, `token_losses`, `logits`;
+            `optimizers.parameter_groups` and `hidden_matrices` say which parameter is what.
+        self.corpus: `draw(count, stream)` the next stream positions, `batch(positions, stream)` their rows,
+            `uniform(...)` random numbers that are the same on all processes and after a resume.
+        self.clock: `progress`, the share of the budget that is spent, `updates` made before this one,
+            `free()` for work that is not charged.
+        self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
+        self.finished_models: what `prerequisites` asked for.
     """
 
     options = {}
     defaults = {
         "bert": {
-            # METHODS 4.1: the study's recipe.
+            # Crammed BERT's, as in the study.
             "base": dict(
-                batch=1536, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01, clip=0.5, schedule="one_cycle",
+                batch=1536,
+                lr=1e-3,
+                beta1=0.9,
+                beta2=0.98,
+                eps=1e-12,
+                weight_decay=0.01,
+                clip=0.5,
+                schedule="one_cycle",
                 rms_scaling=False,
             ),
             "small": dict(batch=32, lr=1e-3),
             "tiny": dict(batch=8, lr=1e-3),
         },
         "t5": {
-            # METHODS 4.2: the study's recipe.
+            # nanoT5's, as in the study.
             "base": dict(
-                batch=144, lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.0, clip=1.0, schedule="cosine",
+                batch=144,
+                lr=2e-2,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-6,
+                weight_decay=0.0,
+                clip=1.0,
+                schedule="cosine",
                 rms_scaling=True,
             ),
             "small": dict(batch=16),
             "tiny": dict(batch=8),
         },
     }
-    rows_per_draw = {}
+    models = ("bert", "t5")
+    turned_off = {}
 
-    def __init__(self, model, corpus, clock, config, prerequisites):
-        """`config.options` holds the method's options; `prerequisites` the finished models, by name, of
-        the runs that `prerequisites(config)` asked for."""
+    def __init__(self, model, corpus, clock, config, finished_models):
         self.model, self.corpus, self.clock, self.config = model, corpus, clock, config
-        self.finished_models = prerequisites
-        self.shared_optimizer = None  # what `optimizer()` returned, of whichever method; set before the first update
+        self.finished_models = finished_models
+        self.combination = None  # set before any hook is called
 
     @classmethod
     def prerequisites(cls, config):
-        """Runs that must exist first: {name: configuration, made by dataclasses.replace(config, ...)}."""
+        """Runs that must be finished first: {name: configuration, by dataclasses.replace(config, ...)}."""
         return {}
 
-    # The places. Each is served by the one method that overrides it.
+    # -- Hooks: each is served by the one method that overrides it ---------------------------------------
 
     def optimizer(self):
-        """Who updates the weights? Returns a torch optimizer; the loop sets its groups' "lr"."""
-        config = self.config
-        return (AdamWScale if config.rms_scaling else torch.optim.AdamW)(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        """Who updates the weights? A torch optimizer; its groups' "lr" are peaks, which the loop
+        multiplies with `schedule`. (`optimizers.py` says what it must bear.)"""
+        return self.adamw(parameter_groups(self.model, self.config.weight_decay))
 
-    def active_layers(self, draw):
-        """Which layers train now? Asked at the start of an update, once for each of its groups of rows
-        (`draw` counts them); the same on all processes. Growth happens in draw 0."""
-        return self.evaluation_layers()
+    def schedule(self, progress):
+        """What share of its peak is every learning rate, with this share of the budget spent?"""
+        return SCHEDULES[self.config.schedule](progress)
 
-    def evaluation_layers(self):
-        """Which layers does the model have now? (The answer in force, whoever's it is: `self.model.present_layers`.)"""
+    def layers(self):
+        """Which layers does the model have now? A list of indices; asked after `begin_update`."""
         return list(range(len(self.model.layers)))
 
     def next_batch(self):
-        """Which rows are trained on now? Returns stream positions, any number, the same on all
-        processes."""
+        """Which rows are trained on? An array of stream positions, any number of them."""
         return self.corpus.draw(self.config.batch)
 
+    def groups(self, positions):
+        """Which rows train which layers? [(positions, layers)]; a layer in no group is not updated."""
+        return [(positions, self.model.present_layers)]
+
+    def inputs(self, positions, stream=TRAINING_STREAM):
+        """What does the model read of these rows? A batch, of one shape in all of an update."""
+        return self.corpus.batch(positions, stream)
+
+    def loss(self, batch, layers):
+        """The mean loss of a micro-batch. It counts by its share of the update's rows, so every row of
+        an update must have the same weight in it. (Also called before the run, to warm up.)"""
+        return self.model.loss(batch, layers)
+
+    def before_step(self, gradient_norm):
+        """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change them."""
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, gradient_norm)
+
     def evaluation_weights(self):
-        """With which weights is the model validated, and saved at the end? {parameter: tensor} of those that are not
-        the trained ones; the keys are the model's parameters themselves."""
+        """With which weights is the model validated and saved? {parameter: tensor}, of those that are
+        not the trained ones."""
         return {}
 
-    # Not exclusive: in a combination every method's are called.
+    # -- Called for every method of a combination ------------------------------------------------------------
+
+    def begin_update(self):
+        """An update begins. The only place where a model may grow."""
 
     def after_step(self):
-        """What is refreshed now and then? Called after every update that was not skipped."""
+        """The weights were updated (in fp16: unless a gradient overflowed)."""
 
     def report(self):
-        """What the log should say of this update: {name: number}."""
+        """What should this update's line in the log say? {name: number}."""
         return {}
 
     def state_dict(self):
-        """What a checkpoint must hold: tensors, numbers, strings, lists and dictionaries of these."""
+        """What must a checkpoint hold? Tensors, numbers, strings, and lists and dictionaries of these."""
         return {}
 
     def load_state_dict(self, state):
         """Takes back what `state_dict` gave."""
 
-    # Tools for methods that look at rows which they do not train on. All processes call them together.
+    # -- Tools ---------------------------------------------------------------------------------------------------
+
+    def adamw(self, groups):
+        """The baseline's optimizer for some groups of parameters."""
+        config = self.config
+        options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+        if config.rms_scaling:
+            return AdamWScale(groups, **options, compile=config.compile)
+        return torch.optim.AdamW(groups, **options, fused=True)
 
     def extra_pass(self):
-        """The context of a pass that trains nothing: charged, unless --free_extra_passes (of a method that has
-        FREE_EXTRA_PASSES among its options)."""
-        return self.clock.free() if self.config.options.get("free_extra_passes") else contextlib.nullcontext()
+        """The context of a pass that trains nothing: charged, unless --free_extra_passes says otherwise."""
+        is_free = self.config.options.get("free_extra_passes")
+        return self.clock.free() if is_free else contextlib.nullcontext()
 
     def row_losses(self, positions, model=None):
-        """The mean loss of each row at these stream positions, from a forward pass of the training model (or
-        another) with all the layers that it has: a float64 array, the same on all processes."""
+        """The mean loss of each row, as `inputs` makes it, with all the layers that the model (or another
+        one) has: a float64 array, the same on all processes. All of them must call it."""
         model = model or self.model
+        parts = micro_batches([(positions, None)], self.config.micro_batch)
         with torch.no_grad():
-            parts = [model.loss(self.corpus.batch(rows), per_example=True) for _, rows in cut(positions, 1, self.config.micro_batch)]
-        mine = torch.cat(parts).tolist()
+            batches = (self.combination.inputs(rows) for rows, _ in parts)
+            mine = torch.cat([model.loss(batch, per_example=True) for batch in batches]).tolist()
         shares = [len(share) for share in np.array_split(positions, processes())]
         padded = mine + [0.0] * (max(shares) - len(mine))
-        losses = np.concatenate([row[:share] for row, share in zip(gather(padded, self.config.device), shares)])
+        everyone = gather(padded, self.config.device)
+        losses = np.concatenate([row[:share] for row, share in zip(everyone, shares)])
         if not np.isfinite(losses).all():
-            first = int(np.flatnonzero(~np.isfinite(losses))[0])
-            raise UserError(f"the loss of stream position {positions[first]} is {losses[first]} before update {self.clock.updates + 1}; lower --lr or --clip")
+            raise UserError(
+                f"a row's loss is {losses[~np.isfinite(losses)][0]} before update "
+                f"{self.clock.updates + 1}; lower --lr or --clip"
+            )
         return losses
 
-    def mean_gradients(self, positions, loss, stream):
-        """The gradients, over the rows at these positions of a stream, of the mean of `loss(batch, rows)`:
-        {parameter: tensor}. Takes `parameter.grad` meanwhile, which is None between updates."""
-        for _, rows in cut(positions, 1, self.config.micro_batch):
-            (loss(self.corpus.batch(rows, stream), rows) * (len(rows) / len(positions))).backward()
-        gradients = {parameter: parameter.grad for parameter in self.model.parameters() if parameter.grad is not None}
+    def mean_gradients(self, positions, stream, loss):
+        """{parameter: gradient}, over these rows of a stream, of the mean of `loss(batch, rows)`. Takes
+        `parameter.grad` meanwhile, which is None between updates. All processes must call it."""
+        for rows, _ in micro_batches([(positions, None)], self.config.micro_batch):
+            batch = self.combination.inputs(rows, stream)
+            (loss(batch, rows) * (len(rows) / len(positions))).backward()
+        parameters = self.model.parameters()
+        gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         self.model.zero_grad(set_to_none=True)
         sum_over_processes(list(gradients.values()))
         return gradients
-
-
-def parameter_groups(model, weight_decay):
-    """All parameters, once: matrices with weight decay; norms, biases and scalars without."""
-    decay = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    no_decay = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
 def one_cycle(progress):
@@ -194,108 +242,15 @@ def cosine(progress):
 SCHEDULES = {"one_cycle": one_cycle, "cosine": cosine}
 
 
-def rms_scales(parameters):
-    """max(1e-3, root mean square) of each tensor, as 0-dim tensors on its device: what T5's optimizers
-    multiply the rate with (nanoT5; Adafactor's "relative step", Shazeer and Stern 2018)."""
-    norms = torch._foreach_norm(parameters)
-    return torch._foreach_clamp_min(torch._foreach_div(norms, [parameter.numel() ** 0.5 for parameter in parameters]), 1e-3)
-
-
-class AdamWScale(torch.optim.AdamW):
-    """AdamW whose rate is scaled by every tensor's RMS before the update (METHODS 4.2):
-
-        theta <- theta - lr * max(1e-3, RMS(theta)) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
-        theta <- theta - lr * weight_decay * theta
-
-    It runs on the fused kernel of AdamW: a group for every tensor carries its rate, and eps is divided by
-    sqrt(1 - beta2^t), because that kernel adds eps to the corrected sqrt(v).
-    """
-
-    def __init__(self, groups, **options):
-        groups = [group | {"params": [parameter]} for group in groups for parameter in group["params"]]
-        super().__init__(groups, **options)
-        self._step_supports_amp_scaling = False  # in fp16 the scaler calls `step` only where nothing overflowed
-
-    @torch.no_grad()
-    def step(self):
-        used = [group for group in self.param_groups if group["params"][0].grad is not None]
-        if not used:
-            return
-        scales = rms_scales([group["params"][0] for group in used])
-        if used[0]["params"][0].device.type == "cpu":
-            scales = torch.stack(scales).tolist()  # nothing to wait for
-        plain = [(group["lr"], group["eps"], group["weight_decay"]) for group in used]
-        updates = [self.state[group["params"][0]].get("updates", 0) + 1 for group in used]  # a layer may come later
-        for group, scale, count, (lr, eps, weight_decay) in zip(used, scales, updates, plain):
-            group["lr"], group["eps"], group["weight_decay"] = lr * scale, eps / (1 - group["betas"][1] ** count) ** 0.5, 0.0
-        super().step()
-        for group, count, (lr, eps, weight_decay) in zip(used, updates, plain):
-            self.state[group["params"][0]]["updates"] = count
-            group["lr"], group["eps"], group["weight_decay"] = lr, eps, weight_decay
-            if weight_decay:
-                group["params"][0].mul_(1 - lr * weight_decay)
-
-
-TOGETHER = 8  # tensors that TensorOptimizer updates in one call
-
-
-class TensorOptimizer(torch.optim.Optimizer):
-    """An optimizer made of a function that updates one tensor.
-
-        rule(parameter, gradient, *state, rate, weight_decay, **constants)     all in place
-
-    `state` are tensors that start at zero; `rate` and `weight_decay` are 0-dim tensors. Compiled once, for eight flat
-    tensors of any sizes above 1: layers that come and go need no other code, and a CPU's threads are woken once for eight.
-
-    Args:
-        groups: as torch.optim's, with "weight_decay".
-        rule: the function; its positional arguments after the first two name the state.
-        lr: the rate, until the loop sets another.
-        rms_scaling: scale the rate of every tensor with its RMS (T5).
-        compile: compile the rule, here and now.
-        constants: further arguments of the rule.
-    """
-
-    def __init__(self, groups, rule, lr, rms_scaling=False, compile=False, **constants):
-        super().__init__(groups, dict(lr=lr, weight_decay=0.0))
-        names = list(inspect.signature(rule).parameters)
-        self.state_names = names[2 : names.index("rate")]
-
-        def update(rows, rate, weight_decay):
-            scales = rms_scales([row[0] for row in rows]) if rms_scaling else [1.0] * len(rows)
-            for row, scale in zip(rows, scales):
-                rule(*row, rate * scale, weight_decay, **constants)
-
-        self.eager_update = self.update = update
-        self.spare_rows = []
-        if compile:
-            self.update = torch.compile(update, dynamic=True)
-            device = self.param_groups[0]["params"][0].device
-
-            def rows(sizes):
-                return [[torch.zeros(size, device=device) for _ in range(2 + len(self.state_names))] for size in sizes]
-
-            # Sizes that are equal here would be taken to be equal for ever, and small ones to be for one thread.
-            with torch.no_grad():
-                self.update(rows(range(2**17, 2**17 + TOGETHER)), *(torch.zeros((), device=device) for _ in range(2)))
-            self.spare_rows = rows([2] * TOGETHER)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            used = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not used:
-                continue
-            rate, weight_decay = (torch.tensor(group[name], dtype=torch.float32, device=used[0].device) for name in ("lr", "weight_decay"))
-            rows = []
-            for parameter in used:
-                if not self.state[parameter]:
-                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in self.state_names}
-                state = [self.state[parameter][name] for name in self.state_names]
-                rows.append([tensor.detach().view(-1) for tensor in (parameter, *state)])
-                rows[-1].insert(1, parameter.grad.reshape(-1))
-                if parameter.numel() == 1:  # torch.compile takes a size of 1 for a constant and would make another graph
-                    self.eager_update([rows.pop()], rate, weight_decay)
-            for start in range(0, len(rows), TOGETHER):
-                together = rows[start : start + TOGETHER]
-                self.update(together + self.spare_rows[len(together) :], rate, weight_decay)
+def baseline_on_holdout(config, **changes):
+    """The configuration of the baseline, by its own recipe whatever the run's is, on the held-out rows: what
+    RHO-loss and Rho-1 compare losses with. All runs of a budget share it. `changes`: of its fields."""
+    recipe = Method.defaults[config.model]
+    recipe = recipe["base"] | recipe.get(config.size, {})
+    if not config.holdout:
+        raise UserError(f"--holdout=0: {config.method} needs a model of the holdout; the study's share is 0.2")
+    if config.train_on != "training":
+        raise UserError(f"--train_on={config.train_on}: {config.method} compares with a model of the holdout")
+    common = dict(method="baseline", train_on="holdout", seed=0, options={}, out=None, validations=4)
+    micro_batch = min(config.micro_batch, recipe["batch"])
+    return dataclasses.replace(config, **common, **recipe, micro_batch=micro_batch, **changes)

@@ -26,7 +26,8 @@ import torch
 
 from methods.baseline import Method, Option
 
-DRAWS = 0x1A7E5  # of the hash: these numbers are nobody else's
+DRAWS = 0x1A7E5  # id of this random stream
+ROWS_PER_DRAW = {"bert": 128}  # BERT draws anew for each of the study's micro-batches, T5 once an update
 
 
 class LayerDrop(Method):
@@ -36,38 +37,44 @@ class LayerDrop(Method):
         "rescale": Option(False, "multiply what a kept layer adds by 1 / its keep probability"),
     }
     defaults = {"t5": {"base": dict(gamma=20.0, lr=1e-2), "tiny": dict(lr=2e-2, theta_bar=0.9)}}
-    # BERT draws anew for each of the study's micro-batches, 12 an update; T5 once an update.
-    rows_per_draw = {"bert": 128}
+    turned_off = {model: dict(theta_bar=1.0) for model in ("bert", "t5")}
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.branches = []  # of all layers: lists of the modules that add to the residual stream
         if self.config.options["rescale"]:
+            adding = ("attention", "cross_attention", "feed_forward")
             for layer in self.model.layers:
-                named = [(name.split(".")[-1], part) for name, part in layer.named_modules()]
-                self.branches.append([part for name, part in named if name in ("attention", "cross_attention", "feed_forward")])
+                named = layer.named_modules()
+                self.branches.append([part for name, part in named if name.split(".")[-1] in adding])
             for part in itertools.chain(*self.branches):
-                # A buffer, and the same hook everywhere, so that one compiled graph serves all layers and updates.
-                part.register_buffer("keep_prob", torch.ones((), device=self.config.device), persistent=False)
+                # A buffer, and the same hook everywhere, so that one compiled graph serves all layers.
+                keep_prob = torch.ones((), device=self.config.device)
+                part.register_buffer("keep_prob", keep_prob, persistent=False)
                 part.register_forward_hook(rescale)
 
     def keep_probs(self):
-        """Of all layers, now: (L,) float64."""
+        """Of all layers that the model has, now: (L,) float64."""
         theta_bar, gamma = self.config.options["theta_bar"], self.config.options["gamma"]
         theta = theta_bar + (1 - theta_bar) * math.exp(-gamma * self.clock.progress)
-        layers = len(self.model.layers)
+        layers = len(self.model.present_layers)
         return 1 - np.arange(1, layers + 1) / layers * (1 - theta)
 
-    def active_layers(self, draw):
+    def groups(self, positions):
         keep_probs = self.keep_probs()
-        if draw == 0:
-            self.set_branches(keep_probs)
-        layers, attempt = np.arange(len(keep_probs)), 0
-        while True:
-            kept = self.corpus.uniform(DRAWS, self.clock.updates, draw, attempt, layers) < keep_probs
-            if kept.any():
-                return layers[kept].tolist()
-            attempt += 1
+        self.set_branches(keep_probs)
+        draws = math.ceil(len(positions) / ROWS_PER_DRAW.get(self.config.model, len(positions)))
+        layers = [self.draw(number, keep_probs) for number in range(draws)]
+        self.mean_layers = sum(map(len, layers)) / draws
+        return list(zip(np.array_split(positions, draws), layers))
+
+    def draw(self, number, keep_probs):
+        """The layers that one group of rows trains. An empty draw is drawn again."""
+        places = np.arange(len(keep_probs))
+        for attempt in itertools.count():
+            uniform = self.corpus.uniform(DRAWS, self.clock.updates, number, attempt, places)
+            if (kept := uniform < keep_probs).any():
+                return [self.model.present_layers[place] for place in places[kept]]
 
     def after_step(self):
         self.set_branches(np.ones(len(self.model.layers)))  # other passes see the model as it is
@@ -76,6 +83,9 @@ class LayerDrop(Method):
         for keep_prob, parts in zip(keep_probs, self.branches):
             for part in parts:
                 part.keep_prob.fill_(keep_prob)
+
+    def report(self):
+        return {"layers": self.mean_layers}
 
 
 def rescale(branch, inputs, output):

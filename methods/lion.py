@@ -10,20 +10,24 @@ same amount, up or down. So its rate is smaller than AdamW's and its weight deca
 
 Cost: at most AdamW's step, with half of its state.
 The study found: about the baseline's scores for BERT and T5, neither better nor worse.
-Where we differ from the release: nothing in the rule. With T5 the rate is scaled with each tensor's RMS, for the decay,
-too, by the function that AdamWScale uses. `--eps` has no meaning here and is refused.
+Where we differ from the release: nowhere. With T5 the rate is scaled with each tensor's RMS, for the decay, too. `--eps` has no
+meaning here and is refused.
 """
+
+import functools
 
 import torch
 
 from errors import UserError
-from methods.baseline import Method, TensorOptimizer, parameter_groups
+from methods.baseline import Method
+from optimizers import RuleOptimizer, parameter_groups
 
 
-def lion_update(parameter, gradient, momentum, rate, weight_decay, beta1, beta2):
-    """One step in place. Tensors of one shape; `rate` and `weight_decay` are 0-dim tensors."""
-    update = torch.lerp(momentum, gradient, 1 - beta1).sign()
-    parameter.mul_(1 - rate * weight_decay).sub_(update.mul_(rate))
+def lion_update(weight, gradient, state, lr, scale, weight_decay, beta1, beta2):
+    """One step, in place."""
+    momentum, lr = state["momentum"], lr * scale
+    update = torch.lerp(momentum, gradient, 1 - beta1).sign_()
+    weight.mul_(1 - lr * weight_decay).sub_(update.mul_(lr))
     momentum.lerp_(gradient, 1 - beta2)
 
 
@@ -37,7 +41,11 @@ class Lion(Method):
         config = self.config
         if config.eps:
             raise UserError(f"--eps={config.eps}: lion divides by nothing, it has no eps")
-        return TensorOptimizer(
-            parameter_groups(self.model, config.weight_decay), lion_update, config.lr, config.rms_scaling, config.compile,
-            beta1=config.beta1, beta2=config.beta2,
-        )  # fmt: skip
+        return RuleOptimizer(
+            parameter_groups(self.model, config.weight_decay),
+            config.lr,
+            functools.partial(lion_update, beta1=config.beta1, beta2=config.beta2),
+            lambda weight: {"momentum": torch.zeros_like(weight)},
+            config.rms_scaling,
+            config.compile,
+        )

@@ -19,12 +19,9 @@ of a row, and by the documented commands to different rows; here the irreducible
 is drawn. The scoring pass predicts the masked positions only. Validation rows are neither in the holdout nor trained on.
 """
 
-import dataclasses
-
 import numpy as np
 
-from errors import UserError
-from methods.baseline import FREE_EXTRA_PASSES, Method, Option
+from methods.baseline import FREE_EXTRA_PASSES, Method, Option, baseline_on_holdout
 
 MODEL = "irreducible_loss_model"
 
@@ -32,24 +29,16 @@ MODEL = "irreducible_loss_model"
 class RHO(Method):
     options = {
         "mega_batch_factor": Option(2, "candidates for every row of a batch", minimum=1),
-        "irreducible_budget_hours": Option(0.0, "budget of the irreducible-loss model (0: the run's own)", minimum=0.0),
+        "irreducible_budget_hours": Option(0.0, "budget of the irreducible-loss model (0: the run's)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }
+    turned_off = {model: dict(mega_batch_factor=1) for model in ("bert", "t5")}
 
     @classmethod
     def prerequisites(cls, config):
-        """The baseline on the holdout: its recipe, whatever that of the run, so that all runs share it."""
-        if not config.holdout:
-            raise UserError("--holdout=0: rho trains its irreducible-loss model on the holdout; the study's share is 0.2")
-        if config.train_on != "training":
-            raise UserError(f"--train_on={config.train_on}: rho's irreducible-loss model is trained on the holdout, the run must not be")
-        base = Method.defaults[config.model]
-        recipe = base["base"] | base.get(config.size, {})
-        changes = dict(method="baseline", train_on="holdout", seed=0, options={}, out=None, validations=4, **recipe)
-        changes["micro_batch"] = min(config.micro_batch, recipe["batch"])
-        if hours := config.options["irreducible_budget_hours"]:
-            changes |= dict(budget_hours=hours, budget_steps=None)
-        return {MODEL: dataclasses.replace(config, **changes)}
+        hours = config.options["irreducible_budget_hours"]
+        budget = dict(budget_hours=hours, budget_steps=None) if hours else {}
+        return {MODEL: baseline_on_holdout(config, **budget)}
 
     def next_batch(self):
         batch = self.config.batch

@@ -22,7 +22,7 @@ import numpy as np
 
 from methods.baseline import FREE_EXTRA_PASSES, Method, Option
 
-ACCEPTANCE = 0x5E1EC7  # of the hash: these numbers are nobody else's
+ACCEPTANCE = 0x5E1EC7  # id of this random stream
 
 
 def percentiles(losses, history):
@@ -40,12 +40,18 @@ class SelectiveBackprop(Method):
         "selection_batch": Option(128, "candidates that are scored together, at most a batch (t5: 72)", minimum=1),
         **FREE_EXTRA_PASSES,
     }
-    # With small batches 5,000 losses would be hundreds of updates old, and while the loss falls hardly a row would rank high
-    # among them: at every size the history spans as many batches as at base (3.3 of BERT's, as in the study; 35 of T5's).
+    # With small batches 5,000 losses would be hundreds of updates old, and while the loss falls hardly a row
+    # would rank high among them: at every size the history spans as many batches as at base (3.3 of BERT's,
+    # as in the study; 35 of T5's).
     defaults = {
         "bert": {"small": dict(loss_history=104), "tiny": dict(loss_history=26)},
-        "t5": {"base": dict(selection_batch=72), "small": dict(loss_history=555), "tiny": dict(loss_history=278)},
+        "t5": {
+            "base": dict(selection_batch=72),
+            "small": dict(loss_history=555),
+            "tiny": dict(loss_history=278),
+        },
     }
+    turned_off = {model: dict(beta=0.0) for model in ("bert", "t5")}
 
     def __init__(self, *arguments):
         super().__init__(*arguments)

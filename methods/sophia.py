@@ -20,33 +20,42 @@ h by 196,608 in place of the number of predicted tokens (its T5 by 5,120 in plac
 matters: the study's rho of 0.01 stands for about 0.01 x 196,608 / 14,592 = 0.13 of ours in BERT (19 labels in each of the 768
 rows that it meant; its estimate itself was another) and 0.01 x 5,120 / 16,416 = 0.0031 in T5. The default is the published
 0.05, and the win rate in the log (the share of weights whose step is not clipped) should lie between 0.1 and 0.5. The passes
-take their rows from a stream of their own; a scale on the T5 rate is AdamWScale's. fp16, in which the study's runs ended in
-NaN, is refused.
+take their rows from a stream of their own. With T5 the step is scaled with each tensor's RMS and the decay is not, as in the
+release. fp16, in which the study's runs ended in NaN, is refused.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from methods.baseline import FREE_EXTRA_PASSES, Method, Option, TensorOptimizer, parameter_groups
+from methods.baseline import FREE_EXTRA_PASSES, SECOND_STREAM, Method, Option
+from optimizers import RuleOptimizer, parameter_groups
 
-SECOND_STREAM = 1  # of rows, in an order of its own
-LABELS = 0x50F1A  # of the hash: these numbers are nobody else's
-STUDYS_ROWS = {"bert": 0.5, "t5": 1.0}  # of a Hessian pass, as a share of the batch
+LABELS = 0x50F1A  # id of this random stream
+ROWS_SHARE = {"bert": 0.5, "t5": 1.0}  # of the batch, in a Hessian pass (the study)
 
 
-def sophia_update(parameter, gradient, momentum, hessian, rate, weight_decay, beta1, clip_threshold, eps):
-    """One step in place. Tensors of one shape; `rate` and `weight_decay` are 0-dim tensors."""
+def sophia_update(weight, gradient, state, lr, scale, weight_decay, beta1, clip_threshold, eps):
+    """One step, in place."""
+    momentum, hessian = state["momentum"], state["hessian"]
     momentum.lerp_(gradient, 1 - beta1)
-    step = (momentum / (hessian * clip_threshold + eps)).clamp_(-1, 1)
-    parameter.mul_(1 - rate * weight_decay).sub_(step.mul_(rate))
+    step = (momentum / (hessian * clip_threshold).add_(eps)).clamp_(-1, 1)
+    weight.mul_(1 - lr * weight_decay).sub_(step.mul_(lr * scale))
+
+
+def new_state(weight):
+    return {"momentum": torch.zeros_like(weight), "hessian": torch.zeros_like(weight)}
 
 
 def sample_labels(logits, uniform):
-    """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P)."""
+    """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P). From logits
+    that are not a number the last label, with which the loss is none either."""
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
-    threshold = (1 - uniform).to(cumulative)[..., None] * cumulative[..., -1:]  # above 0: no label without probability
-    return torch.searchsorted(cumulative, threshold).squeeze(-1)
+    # The threshold is above 0: no label without probability.
+    threshold = (1 - uniform).to(cumulative)[..., None] * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def hessian_estimate(gradients, label_tokens, clip):
@@ -66,25 +75,31 @@ class Sophia(Method):
         "hessian_clip": Option(1.0, "limit of the norm of its gradient (0: none)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }
+    recipe = dict(beta1=0.965, beta2=0.99, eps=1e-15)
     defaults = {
-        "bert": {"base": dict(lr=4e-4, weight_decay=0.015, beta1=0.965, beta2=0.99, eps=1e-15), "tiny": dict(lr=2.5e-4)},
-        "t5": {"base": dict(lr=1e-3, weight_decay=0.0, beta1=0.965, beta2=0.99, eps=1e-15), "tiny": dict(lr=1e-2)},
+        "bert": {"base": dict(lr=4e-4, weight_decay=0.015, **recipe), "tiny": dict(lr=2.5e-4)},
+        "t5": {"base": dict(lr=1e-3, weight_decay=0.0, **recipe), "tiny": dict(lr=1e-2)},
     }
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.updates, self.win_rate = 0, None
-        options, batch = self.config.options, self.config.batch
-        self.rows = options["hessian_batch"] or max(1, round(STUDYS_ROWS[self.config.model] * batch))
+        options, config = self.config.options, self.config
+        self.rows = options["hessian_batch"] or max(1, round(ROWS_SHARE[config.model] * config.batch))
 
     def optimizer(self):
         config = self.config
         if config.dtype == "fp16":
-            raise UserError("--dtype=fp16: the gradients of Sophia's Hessian passes underflow in it; use bf16 or fp32")
-        return TensorOptimizer(
-            parameter_groups(self.model, config.weight_decay), sophia_update, config.lr, config.rms_scaling, config.compile,
-            beta1=config.beta1, clip_threshold=config.options["clip_threshold"], eps=config.eps,
-        )  # fmt: skip
+            raise UserError("--dtype=fp16: the gradients of Sophia's Hessian passes underflow; use bf16 or fp32")
+        constants = dict(beta1=config.beta1, clip_threshold=config.options["clip_threshold"], eps=config.eps)
+        return RuleOptimizer(
+            parameter_groups(self.model, config.weight_decay),
+            config.lr,
+            functools.partial(sophia_update, **constants),
+            new_state,
+            config.rms_scaling,
+            config.compile,
+        )
 
     def after_step(self):
         self.updates, self.win_rate = self.updates + 1, None
@@ -98,25 +113,32 @@ class Sophia(Method):
         columns = torch.arange(logits.shape[1], device=logits.device)
         positions = torch.from_numpy(rows).to(logits.device)[:, None]
         labels = sample_labels(logits.detach(), self.corpus.uniform(LABELS, positions, columns))
+        self.label_tokens = self.rows * labels.shape[1]
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
+    @torch.no_grad()
     def refresh_hessian(self):
-        gradients = self.mean_gradients(self.corpus.draw(self.rows, SECOND_STREAM), self.sampled_loss, SECOND_STREAM)
-        with torch.no_grad():
-            estimates = hessian_estimate(list(gradients.values()), self.rows * self.corpus.predicted_per_row, self.config.options["hessian_clip"])
-            state, threshold, won, weights = self.shared_optimizer.state, self.config.options["clip_threshold"], 0, 0
-            for parameter, estimate in zip(gradients, estimates):
-                if parameter not in state:  # not updated yet
-                    continue
-                hessian, momentum = state[parameter]["hessian"], state[parameter]["momentum"]
-                hessian.lerp_(estimate, 1 - self.config.beta2)
-                won += (momentum.abs() < threshold * hessian).sum()
-                weights += momentum.numel()
-            norms = torch.stack(torch._foreach_norm(estimates))
-            won, finite = torch.stack([won, norms.isfinite().all()]).tolist()  # waits for the device
-            self.win_rate = won / weights
-            if not finite:
-                raise UserError(f"the Hessian pass after update {self.updates} is not finite; use a lower --lr")
+        """Moves h towards a new estimate, and counts the weights whose next step would not be clipped."""
+        positions = self.corpus.draw(self.rows, SECOND_STREAM)
+        with torch.enable_grad():
+            gradients = self.mean_gradients(positions, SECOND_STREAM, self.sampled_loss)
+        estimates = hessian_estimate(
+            list(gradients.values()), self.label_tokens, self.config.options["hessian_clip"]
+        )
+        state, threshold = self.combination.optimizer_in_use.state, self.config.options["clip_threshold"]
+        won, weights = 0, 0
+        for parameter, estimate in zip(gradients, estimates):
+            if parameter not in state:  # not updated yet
+                continue
+            hessian, momentum = state[parameter]["hessian"], state[parameter]["momentum"]
+            hessian.lerp_(estimate, 1 - self.config.beta2)
+            won += (momentum.abs() < threshold * hessian).sum()
+            weights += momentum.numel()
+        norms = torch.stack(torch._foreach_norm(estimates))
+        won, finite = torch.stack([won, norms.isfinite().all()]).tolist()  # waits for the device
+        self.win_rate = won / weights
+        if not finite:
+            raise UserError(f"the Hessian pass after update {self.updates} is not finite; use a lower --lr")
 
     def report(self):
         return {} if self.win_rate is None else {"win_rate": self.win_rate}

@@ -33,6 +33,7 @@ class Stacking(Method):
         "optimizer_state": Option("keep", "of a growing model", ("keep", "reset", "copy")),
     }
     defaults = {model: {"tiny": dict(growth_times="0.25,0.5")} for model in ("bert", "t5")}
+    turned_off = {model: dict(growth_times="") for model in ("bert", "t5")}
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -45,34 +46,38 @@ class Stacking(Method):
             raise UserError(f"--growth_times={text}: expected rising numbers between 0 and 1")
         if layers % 2 ** len(self.times):
             raise UserError(f"--growth_times={text}: {layers} layers cannot be halved {len(self.times)} time(s)")
-        self.depth = layers // 2 ** len(self.times)
+        self.grown = 0  # how often
 
-    def evaluation_layers(self):
+    @property
+    def depth(self):
+        return len(self.model.layers) // 2 ** (len(self.times) - self.grown)
+
+    def layers(self):
         return list(range(self.depth))
 
-    def active_layers(self, draw):
-        layers = len(self.model.layers)
-        # The times that are left: one for every doubling that is still to come.
-        while self.depth < layers and self.clock.progress >= self.times[-(layers // self.depth).bit_length() + 1]:
+    def begin_update(self):
+        while self.grown < len(self.times) and self.clock.progress >= self.times[self.grown]:
             self.grow()
-        return self.evaluation_layers()
 
     @torch.no_grad()
     def grow(self):
         """Doubles the depth."""
-        state = self.shared_optimizer.state
+        state = self.combination.optimizer_in_use.state
         if self.config.options["optimizer_state"] == "reset":
             state.clear()
         for index in range(self.depth):
-            old, new = self.model.layers[index].parameters(), self.model.layers[self.depth + index].parameters()
-            for source, target in zip(old, new):
+            old, new = self.model.layers[index], self.model.layers[self.depth + index]
+            for source, target in zip(old.parameters(), new.parameters()):
                 target.copy_(source)
                 if self.config.options["optimizer_state"] == "copy" and source in state:
                     state[target] = copy.deepcopy(state[source])
-        self.depth *= 2
+        self.grown += 1
+
+    def report(self):
+        return {"layers": self.depth}
 
     def state_dict(self):
-        return {"depth": self.depth}
+        return {"grown": self.grown}
 
     def load_state_dict(self, state):
-        self.depth = state["depth"]
+        self.grown = state["grown"]
