@@ -4,7 +4,7 @@
     python bench.py generate  T5's greedy generation with its cache and without
     python bench.py input     the input pipeline's share of a step
     python bench.py depth     cost of 4, 8, 12, 16 active layers next to the release's recorded times
-    python bench.py step      optimizer steps for BERT-base: fused AdamW, AdamWScale, Lion, Sophia
+    python bench.py step      every optimizer's step at tiny and small, as a share of an update
     python bench.py costs     an update of every method next to the baseline's, what theory says, peak memory
     python bench.py load      updates that a budget buys with one thread, two, and two beside a busy process all or half the time
 
@@ -13,6 +13,7 @@ minute; every time is the median over the repeats (`load` prints every repeat).
 """
 
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -25,7 +26,7 @@ import threading
 import time
 from pathlib import Path
 
-import rst  # before torch: it says how OpenMP's threads wait
+import rst  # sets GOMP_SPINCOUNT, so it must precede torch
 
 import torch
 
@@ -36,7 +37,8 @@ from data.corpus import OBJECTIVES
 from data.prepare import SENTINELS
 from errors import Parser, UserError, exits_on_user_error
 from methods.baseline import Method
-from methods.sophia import STUDYS_ROWS
+from methods.sophia import ROWS_SHARE
+from optimizers import hidden_matrices
 
 ROOT = Path(__file__).resolve().parent
 
@@ -186,98 +188,166 @@ def depth(repeats):
         print(f"| {layers} | {value:.2f} | {value / seconds[-1]:.3f} | {rst.RTX3090_BERT[layers - 1] / rst.RTX3090_BERT[-1]:.3f} |")
 
 
-def optimizer_steps(repeats, rows=8):
-    """Each optimizer has its own state; they share the weights and a gradient."""
-    model, config = models.build("bert", "base", 32768), train.resolve({"size": "base", "device": "cpu"})
-    steps, batch = {}, random_batch(config, rows)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
+def optimizer_of(name, model, config):
+    """The optimizer that a method makes for a model."""
+    return methods.find(name).start(model, None, None, config, {}).optimizer_in_use
 
-    def add(name, method, **changes):
-        config = dataclasses.replace(train.resolve({"size": "base", "device": "cpu", "method": method}), lr=1e-6, **changes)
-        (part,) = methods.find(method).classes.values()
-        steps[name] = part(model, None, None, config, {}).optimizer().step
 
-    add("AdamW, fused", "baseline")
-    add("AdamWScale", "baseline", rms_scaling=True)
-    for method in ("lion", "sophia"):
-        add(f"{method}, eager", method)
-        add(f"{method}, compiled", method, compile=True)
-        add(f"{method}, compiled, RMS scaling", method, compile=True, rms_scaling=True)
-    seconds = dict(zip(steps, interleaved(list(steps.values()), repeats)))
-    for parameter in model.parameters():
-        parameter.grad = None
-    (forward_backward,) = interleaved([lambda: model.loss(batch).backward()], 3, warm_up=1)
-    update = forward_backward * config.batch / rows
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters; an update of {config.batch} rows takes about {update:.0f} s here")
-    print("| optimizer | ms a step | relative to fused AdamW | share of an update |\n|---|---|---|---|")
-    for name, value in seconds.items():
-        print(f"| {name} | {1000 * value:.0f} | {value / seconds['AdamW, fused']:.2f} | {value / update:.3%} |")
+def optimizer_steps(repeats):
+    """Each optimizer has its own state; they share the weights and a gradient. In turns with them, an update's forward and
+    backward pass of one micro-batch, from which the share of an update follows."""
+    print("| model, size | parameters | optimizer | ms a step | share of an update | more than fused AdamW, share |\n|---|---|---|---|---|---|")
+    for name, size in itertools.product(models.SIZES, ("tiny", "small")):
+        config = train.resolve({"model": name, "size": size, "device": "cpu"})
+        model, rows = models.build(name, size, config.vocabulary), min(config.batch, 4 if size == "small" else 8)
+        batch = random_batch(config, rows)
+
+        def forward_backward():
+            loss = model.loss(batch)
+            for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+                parameter.grad.copy_(gradient)
+
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+        steps = {"AdamW, fused": optimizer_of("baseline", model, dataclasses.replace(config, rms_scaling=False, lr=1e-6)).step}
+        for method in ("baseline", "lion", "sophia", "schedule_free", "muon"):
+            recipe = dataclasses.replace(train.resolve({"model": name, "size": size, "device": "cpu", "method": method}), lr=1e-6)
+            label = "AdamWScale" if method == "baseline" else method
+            for compiled in (False, True):
+                if method == "baseline" and not recipe.rms_scaling or method == "muon" and compiled:
+                    continue  # the same as fused AdamW; Muon compiles nothing of its own
+                optimizer = optimizer_of(method, model, dataclasses.replace(recipe, compile=compiled))
+                steps[f"{label}{', compiled' if compiled else ''}"] = optimizer.step
+        *seconds, update = interleaved([*steps.values(), forward_backward], repeats)
+        update *= config.batch / rows
+        count = sum(parameter.numel() for parameter in model.parameters())
+        for label, value in zip(steps, seconds):
+            print(f"| {name}, {size} | {count:,} | {label} | {1000 * value:.1f} | {value / update:.2%} | {(value - seconds[0]) / update:+.2%} |", flush=True)
 
 
 # In so few updates: growth at a quarter and a half, and layers dropped at the final rate from the second update on.
 COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1000"]}
 
 
-def costs(repeats, chosen=tuple(models.SIZES), updates=20):
+def costs(repeats, chosen=tuple(models.SIZES), updates=12):
     """Runs of the loop at size small on the documentation strings, each beside a run of the baseline, both with half of the
-    threads: at the same time on the same machine, so that its other work slows both. rho's other model stays in runs/."""
+    threads: at the same time on the same machine, so that its other work slows both. What a method needs first stays in runs/."""
     threads = torch.get_num_threads()
     half = max(1, threads // 2)
-    for model, batch in (pair for pair in (("bert", 16), ("t5", 4)) if pair[0] in chosen):
+    for model, batch in (pair for pair in (("bert", 8), ("t5", 2)) if pair[0] in chosen):
         flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", f"--batch={batch}", f"--micro_batch={batch}",
                  f"--threads={half}", "--validations=1", "--validation_rows=10", "--yes"]  # fmt: skip
-        (irreducible,) = methods.find("rho").prerequisites(train.resolve(train.parse([*flags, "--method=rho", f"--budget_steps={updates}"])[0])).items()
-        train.finish(*irreducible)
-        ratios, records, memory, notes = {}, {}, {}, []
-        for method in ("baseline", "stacking", "layer_drop", "selective_backprop", "rho", "lion", "sophia") * repeats:
-            with tempfile.TemporaryDirectory() as folder:
-                mine, beside = ([sys.executable, "train.py", *flags, f"--out={folder}/{name}"] for name in ("mine", "beside"))
-                with open(f"{folder}/messages", "w+") as messages:
-                    other = subprocess.Popen([*beside, "--budget_steps=1000000"], cwd=ROOT, stdout=messages, stderr=messages)
-                    try:
-                        process = subprocess.Popen([*mine, f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])], cwd=ROOT, stdout=messages, stderr=messages)
-                        _, status, usage = os.wait4(process.pid, 0)
-                        ended = other.poll()
-                    finally:
-                        other.kill()
-                        other.wait()
-                    if status != 0 or ended is not None:
-                        raise UserError(f"{method} or the baseline beside it failed: {Path(messages.name).read_text()[-500:]}")
-                lines, others = ([json.loads(line) for line in (Path(folder) / name / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")] for name in ("mine", "beside"))
-            records[method] = [line for line in lines if "loss" in line]
-            if not others:
-                raise UserError(f"{method} ended before the baseline beside it made an update: this machine is too busy to compare them; try again")
-            local = [statistics.mean(line["charged_seconds"] / line["factor"] for line in run) for run in (records[method], others)]
-            ratios.setdefault(method, []).append(local[0] / local[1])
-            memory[method] = usage.ru_maxrss / 2**20  # of kB
+        configs = {
+            method: train.resolve(train.parse([*flags, f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])])[0])
+            for method in ["baseline", *sorted(set(methods.names()) - {"baseline"})]
+        }
+        for method, config in configs.items():
+            for name, prerequisite in methods.find(method).prerequisites(config).items():
+                train.finish(name, prerequisite)
         torch.set_num_threads(half)  # as the runs
         try:
-            constant, per_layer = cost_of_layers(train.resolve({"model": model, "size": "small", "device": "cpu", "batch": batch}), batch)
+            constant, per_layer = cost_of_layers(configs["baseline"], batch)
         finally:
             torch.set_num_threads(threads)
-        full = constant + per_layer * records["baseline"][0]["row_layers"] / batch
-        rho_options, sophia_options = (train.resolve({"model": model, "size": "small", "device": "cpu", "method": method}).options for method in ("rho", "sophia"))
-        scored = {  # rows that are scored for each that is trained on
-            "selective_backprop": statistics.mean(line["selective_backprop"]["candidates"] for line in records["selective_backprop"]) / batch,
-            "rho": rho_options["mega_batch_factor"],
-        }
-        theory = {method: 1 + rows / 3 for method, rows in scored.items()} | {
-            "sophia": 1 + STUDYS_ROWS[model] * (updates // sophia_options["hessian_interval"]) / updates,
-        } | {
-            method: statistics.mean(constant + per_layer * line["row_layers"] / batch for line in records[method]) / full
-            for method in ("stacking", "layer_drop")
-        }  # fmt: skip
         print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times; an update with n layers takes {constant:.3f} + {per_layer:.3f} n s")
         print("| method | an update, relative to the baseline's | theory | gap | peak memory, GB |\n|---|---|---|---|---|")
-        for method, values in ratios.items():
-            measured = statistics.median(values)
-            expected = theory.get(method, 1.0)
-            print(f"| {method} | {measured:.3f} ({min(values):.3f} to {max(values):.3f}) | {expected:.3f} | {measured / expected - 1:+.1%} | {memory[method]:.2f} |", flush=True)
-            if method in scored:
-                share = (measured - 1) / scored[method]
-                notes.append(f"{method} scores {scored[method]:.2f} rows for each that it trains on; one costs {share:.3f} of an update's row (theory 0.333)")
-        print("\n".join(notes))
+        for method, config in configs.items():
+            ratios, memory = [], 0.0
+            for _ in range(repeats):
+                with tempfile.TemporaryDirectory() as folder:
+                    records, others, peak = run_beside_baseline(method, config, flags, folder)
+                local = [statistics.mean(line["charged_seconds"] / line["factor"] for line in run) for run in (records, others)]
+                ratios.append(local[0] / local[1])
+                memory = max(memory, peak)
+            measured, expected = statistics.median(ratios), theory(method, config, records, constant, per_layer)
+            print(
+                f"| {method} | {measured:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) | {expected:.3f} | {measured / expected - 1:+.1%} | {memory:.2f} |",
+                flush=True,
+            )
+
+
+def run_beside_baseline(method, config, flags, folder):
+    """(lines of its updates, those of the baseline beside it, its peak memory in GB)."""
+    mine, beside = ([sys.executable, "train.py", *flags, f"--out={folder}/{name}"] for name in ("mine", "beside"))
+    mine += [f"--method={method}", f"--budget_steps={config.budget_steps}", *COST_FLAGS.get(method, [])]
+    with open(f"{folder}/messages", "w+") as messages:
+        streams = dict(cwd=ROOT, stdout=messages, stderr=messages)
+        other = subprocess.Popen([*beside, "--budget_steps=1000000"], **streams)
+        try:
+            process = subprocess.Popen(mine, **streams)
+            _, status, usage = os.wait4(process.pid, 0)
+            ended = other.poll()
+        finally:
+            other.kill()
+            other.wait()
+        if status != 0 or ended is not None:
+            raise UserError(f"{method} or the baseline beside it failed: {Path(messages.name).read_text()[-500:]}")
+    logs = []
+    for name in ("mine", "beside"):
+        text = (Path(folder) / name / "log.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        logs.append([line for line in lines if "loss" in line])
+    if not logs[1]:
+        raise UserError(f"{method} ended before the baseline beside it made an update: this machine is too busy to compare them; try again")
+    return *logs, usage.ru_maxrss / 2**20  # of kB
+
+
+NO_TOKENS = {"vocabulary_size": 0, "first_sentinel": 0, "separator": 0}  # for an objective that is asked for its shapes only
+
+
+def theory(method, config, records, constant, per_layer):
+    """What an update of a method costs, relative to the baseline's, for the updates that these lines of a log are of.
+
+    A pass without gradients is a third of a training pass. Layers cost what `cost_of_layers` measured; other shapes and
+    Muon's products cost as their floating-point operations.
+    """
+    model, batch = models.build(config.model, config.size, config.vocabulary), config.batch
+    objective = functools.partial(OBJECTIVES[config.model], meta=NO_TOKENS)
+
+    def flops(row_length=config.row_length, mask_share=None, layers=None):
+        rows = objective(row_length)
+        rows = rows.with_mask_share(mask_share, NO_TOKENS) if mask_share else rows
+        return model.training_flops_per_row(getattr(rows, "read_length", row_length), rows.predicted_per_row, layers)
+
+    reports = [line.get(method, {}) for line in records]
+    layers = len(model.layers)
+    if method in ("stacking", "layer_drop"):
+        return statistics.mean(constant + per_layer * report["layers"] for report in reports) / (constant + per_layer * layers)
+    if method == "selective_backprop":
+        return 1 + statistics.mean(report["candidates"] for report in reports) / batch / 3
+    if method == "rho":
+        return 1 + config.options["mega_batch_factor"] / 3
+    if method == "token_rho":
+        return 1 + 1 / 3
+    if method == "sophia":
+        return 1 + ROWS_SHARE[config.model] * (len(records) // config.options["hessian_interval"]) / len(records)
+    if method == "muon":
+        sides = [sorted(matrix.shape) for matrix in hidden_matrices(model).values()]
+        return 1 + sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides) / (batch * flops())
+    if method == "length_warmup":
+        return statistics.mean(flops(row_length=report["row_length"]) for report in reports) / flops()
+    if method == "mask_schedule":
+        return statistics.mean(flops(mask_share=report["mask_share"]) for report in reports) / flops()
+    if method == "token_dropping":
+        dropping = sum(line["progress"] < 1 - config.options["full_phase"] for line in records) / len(records)
+        width = getattr(objective(config.row_length), "read_length", config.row_length)
+        saved = token_dropping_saves(model, config.model, width, round(config.options["keep"] * width))
+        return 1 - dropping * saved / flops()
+    return 1.0
+
+
+def token_dropping_saves(model, name, width, kept):
+    """Floating-point operations of a row that the middle layers save by reading `kept` of `width` tokens."""
+    c, layers = model.config, len(model.layers)
+    if name == "bert":
+        one = [model.training_flops_per_row(length, 0, [0]) for length in (width, kept)]
+        keys_values = 6 * 2 * c.d_model**2 * (width - kept)  # of the layer in which the kept tokens attend to all
+        products = 12 * c.d_model * kept * (width - kept)
+        return (layers // 2) * (one[0] - one[1]) - keys_values - products
+    inner = c.n_heads * c.d_head
+    weights = 4 * c.d_model * inner + 3 * c.d_model * c.d_ff
+    whole, part = (6 * weights * length + 12 * inner * length**2 for length in (width, kept))
+    return (layers - 2) * (whole - part)
 
 
 def cost_of_layers(config, rows, repeats=5):
@@ -324,7 +394,7 @@ def load(repeats, chosen=tuple(models.SIZES)):
 
 @exits_on_user_error
 def main(arguments=None):
-    benches = {"speed": (speed, 10), "generate": (generation, 3), "input": (input_pipeline, 20), "depth": (depth, 5), "step": (optimizer_steps, 10), "costs": (costs, 2), "load": (load, 1)}
+    benches = {"speed": (speed, 10), "generate": (generation, 3), "input": (input_pipeline, 20), "depth": (depth, 5), "step": (optimizer_steps, 10), "costs": (costs, 1), "load": (load, 1)}
     parser = Parser(description=__doc__)
     parser.add_argument("bench", choices=list(benches))
     parser.add_argument("--repeats", type=int)

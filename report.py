@@ -32,7 +32,7 @@ BUDGET = ("budget_hours", "budget_steps")
 # What two seeds of one experiment may differ in. (Threads count only where hours are plain time, see `family_of`; the
 # precision, compiling and the micro-batch decide how much an hour buys, and are settings like any other.)
 NOT_A_SETTING = {"seed", "device", "threads", "reference", "checkpoint_minutes", "out", "yes", "validations", "options", *COMPARED, *BUDGET}
-NUMBERS = ("validation_loss", "updates", "rows", "charged_seconds", "free_seconds", "cut_seconds", "wall_seconds")
+NUMBERS = ("validation_loss", "updates", "rows", "charged_seconds", "free_seconds", "wall_seconds")
 
 
 class Score(typing.NamedTuple):
@@ -312,11 +312,20 @@ def short(value):
     return str(value)[:8] if re.fullmatch(r"[0-9a-f]{32,}", str(value)) else value
 
 
+def differing_files(table):
+    """{method: {hash of its file: folders}} of the method files of which a table's runs had several versions."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in (run for row in table.rows for run in row.runs):
+        for name, version in run.result.get("method_files", {}).items():
+            found[name][version].append(run.folder)
+    return {name: versions for name, versions in found.items() if len(versions) > 1}
+
+
 # -- Tables --------------------------------------------------------------------------------------------------
 
 COLUMNS = [
     "group", "model", "size", "data", "train_on", "reference", "budget_hours", "budget_steps", "method", "n", "validation_loss", "standard_deviation", "difference",
-    "interval_95", "how", "speed_up", "updates", "rows", "charged_hours", "free_hours", "wall_hours", "cut_share", "settings",
+    "interval_95", "how", "speed_up", "updates", "rows", "charged_hours", "free_hours", "wall_hours", "stalls", "settings",
 ]  # fmt: skip
 
 
@@ -337,7 +346,7 @@ def record_of(row, table, points, titles):
     for name, value in (
         ("updates", lambda result: result["updates"]), ("rows", lambda result: result["rows"]), ("charged_hours", lambda result: result["charged_seconds"] / 3600),
         ("free_hours", lambda result: result["free_seconds"] / 3600), ("wall_hours", lambda result: result["wall_seconds"] / 3600),
-        ("cut_share", lambda result: result["cut_seconds"] / max(result["charged_seconds"], 1e-9)),
+        ("stalls", lambda result: result.get("stalls", 0)),
     ):  # fmt: skip
         record[name] = statistics.mean(value(run.result) for run in row.runs)
     for score, title in titles.items():
@@ -373,7 +382,7 @@ def formatted(value, form):
 def markdown(records):
     """The table of one group for people."""
     lines = [
-        "| method | n | validation loss | difference to the baseline, 95% | speed-up | updates | rows | charged h | free h | wall h | cut |",
+        "| method | n | validation loss | difference to the baseline, 95% | speed-up | updates | rows | charged h | free h | wall h | stalls |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
@@ -382,7 +391,7 @@ def markdown(records):
         if r["difference"] is not None:
             gap = f"{r['difference']:+.4f} ± {formatted(r['interval_95'], '.4f')} ({r['how']})"
         cells = [r["method"], r["n"], loss, gap, formatted(r["speed_up"], ".2f"), formatted(r["updates"], ",.0f"), formatted(r["rows"], ",.0f")]
-        cells += [formatted(r[name], ".3g") for name in ("charged_hours", "free_hours", "wall_hours")] + [formatted(r["cut_share"], ".2%")]
+        cells += [formatted(r[name], ".3g") for name in ("charged_hours", "free_hours", "wall_hours")] + [formatted(r["stalls"], ".3g")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -536,6 +545,9 @@ def main(arguments=None):
         finished = [run.result for row in table.rows for run in row.runs]
         for title, what in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
             print(f"{title}: {', '.join(sorted({str(result.get(what) or MISSING) for result in finished})) or MISSING}")
+        for name, folders in differing_files(table).items():
+            versions = "; ".join(f"{version}: {', '.join(map(str, runs))}" for version, runs in folders.items())
+            print(f"methods/{name}.py differs between these runs: {versions}")
         if scores := downstream_markdown(table.rows, titles):
             print(f"\nFine-tuned, in percent, mean ± standard deviation over pre-training seeds, or with one of them, or untrained, over fine-tuning seeds:\n\n{scores}")
         print()

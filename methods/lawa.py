@@ -38,7 +38,7 @@ class LAWA(Method):
         if self.depth != len(self.model.present_layers):
             self.depth = len(self.model.present_layers)
             self.queue.clear()
-        intervals = int(self.clock.progress / self.config.options["interval"])
+        intervals = int(self.clock.progress / self.config.options["interval"] + 1e-9)  # 0.3 / 0.1 is below 3
         if intervals > self.intervals:
             self.intervals = intervals
             self.queue.append([parameter.detach().clone() for parameter in self.model.parameters()])
