@@ -2,11 +2,11 @@
 
 What the project asks of an optimizer, this or any other that a method returns:
 - A parameter whose `grad` is None did not train: no momentum, no decay, no step.
-- Its state may be cleared, or copied from one layer's parameters to another's (stacking), so it is made
-  when a parameter is first updated, and keeps its own count of updates. It consists of tensors; those that
-  are not called "step" are stored with the parameter's dtype.
-- Weights and gradients are fp32 in every --dtype. In fp16 gradients are unscaled before `before_step`, and
-  `step` is not called where one overflowed.
+- Its state may be cleared, or copied from one layer's parameters to another's (stacking), so it is
+  made when a parameter is first updated, and keeps its own count of updates. It consists of
+  tensors; those that are not called "step" are stored with the parameter's dtype.
+- Weights and gradients are fp32 in every --dtype. In fp16 gradients are unscaled before
+  `before_step`, and `step` is not called where one overflowed.
 - --rms_scaling (T5) asks for steps in proportion to each tensor's RMS (`rms_scale`).
 - --compile asks nothing. A `RuleOptimizer` then compiles its rule.
 """
@@ -17,10 +17,11 @@ import torch
 
 
 def parameter_groups(model, weight_decay, without=()):
-    """All parameters, once: of what is outside the layers and of each layer, the matrices with weight
-    decay, and the norms, biases and scalars without. `without`: parameters to leave out.
+    """All parameters, once: of what is outside the layers and of each layer, the matrices with
+    weight decay, and the norms, biases and scalars without. `without`: parameters to leave out.
 
-    A layer's parameters have groups of their own because layers come and go: a compiled update serves all.
+    A layer's parameters have groups of their own because layers come and go: a compiled update
+    serves all.
     """
     left_out, layers = set(without), [list(layer.parameters()) for layer in model.layers]
     inside = {parameter for layer in layers for parameter in layer}
@@ -36,9 +37,9 @@ def parameter_groups(model, weight_decay, without=()):
 
 
 def hidden_matrices(model):
-    """{name: parameter} of the matrices inside the layers. The other matrices are BERT's `embedding` (its
-    output, too) and `head.weight`, T5's `embedding`, `head.weight` and its two tables of relative
-    positions; what is left are norms and BERT's position scale."""
+    """{name: parameter} of the matrices inside the layers. The other matrices are BERT's
+    `embedding` (its output, too) and `head.weight`, T5's `embedding`, `head.weight` and its two
+    tables of relative positions; what is left are norms and BERT's position scale."""
     named = model.layers.named_parameters(prefix="layers")
     return {name: parameter for name, parameter in named if parameter.dim() == 2}
 
@@ -60,17 +61,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         rule: the function. Its `scale` is `rms_scale(weight)` with RMS scaling, else 1.
         new_state: weight -> the dictionary of tensors that its state begins with.
         rms_scaling: whether steps are in proportion to each tensor's RMS (T5).
-        compile: compile the rule, here and now, a graph for a group: in it the rule is one pass over memory.
+        compile: compile the rule, here and now, a graph for a group: in it the rule is one pass
+            over memory.
     """
 
     def __init__(self, groups, lr, rule, new_state, rms_scaling=False, compile=False):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
-        self.rule, self.new_state, self.rms_scaling, self.compile = rule, new_state, rms_scaling, compile
+        self.rule, self.new_state = rule, new_state
+        self.rms_scaling, self.compile = rms_scaling, compile
         if compile:
             self.update = torch.compile(self.update, dynamic=False)
             for group in self.param_groups:
-                weights, gradients = ([torch.zeros_like(p) for p in group["params"]] for _ in range(2))
-                self.call_update(weights, gradients, [new_state(p) for p in weights], 0.0, group["weight_decay"])
+                weights, gradients = (
+                    [torch.zeros_like(p) for p in group["params"]] for _ in range(2)
+                )
+                self.call_update(
+                    weights, gradients, [new_state(p) for p in weights], 0.0, group["weight_decay"]
+                )
 
     def update(self, weights, gradients, states, lr, weight_decay):
         """Applies the rule to tensors of one group."""
@@ -103,7 +110,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each with parameters of its own, as one: their groups in a row, one state."""
+    """Several optimizers, each with parameters of its own, as one: their groups in a row, one
+    state."""
 
     def __init__(self, *optimizers):
         self.optimizers = optimizers
@@ -152,7 +160,8 @@ def new_moments(weight):
 
 
 class AdamWScale(RuleOptimizer):
-    """T5's baseline (nanoT5): AdamW whose step is scaled by every tensor's RMS before the update."""
+    """T5's baseline (nanoT5): AdamW whose step is scaled by every tensor's RMS before the
+    update."""
 
     def __init__(self, groups, lr, betas, eps, compile=False):
         rule = functools.partial(adamw_scale_update, beta1=betas[0], beta2=betas[1], eps=eps)

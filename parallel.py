@@ -33,10 +33,11 @@ def micro_batches(groups, micro_batch):
     """
     parts = []
     for positions, layers in groups:
-        if 0 < len(positions) < processes():  # a process without rows would have no gradients to add
+        if 0 < len(positions) < processes():  # one without rows would have no gradients to add
+            group = f"a group of {len(positions)} rows"
             raise UserError(
-                f"a group of {len(positions)} rows cannot be shared out over {processes()} processes; "
-                "use fewer processes or more rows (--batch, or the method's own option)"
+                f"{group} cannot be shared out over {processes()} processes; use fewer of them, "
+                "or more rows (--batch, or the method's own option)"
             )
         mine = np.array_split(positions, processes())[process()]
         for start in range(0, len(mine), micro_batch):

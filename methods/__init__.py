@@ -39,50 +39,53 @@ def find(method):
     classes = {}
     for name in method.split("+"):
         if name not in names():
-            raise UserError(f"--method={method}: no method {name!r}; there are {', '.join(names())}")
+            raise UserError(
+                f"--method={method}: no method {name!r}; there are {', '.join(names())}"
+            )
         if name in classes:
             raise UserError(f"--method={method}: {name} is listed twice")
         module = importlib.import_module(f"{__name__}.{name}")
-        found = [
-            value
-            for _, value in inspect.getmembers(module, inspect.isclass)
-            if issubclass(value, Method) and value.__module__ == module.__name__
-        ]
-        if len(found) != 1:
-            raise UserError(f"methods/{name}.py: expected one subclass of Method, found {len(found)}")
-        classes[name] = found[0]
+        own = [value for value in vars(module).values() if inspect.isclass(value)]
+        own = [cls for cls in own if issubclass(cls, Method) and cls.__module__ == module.__name__]
+        if len(own) != 1:
+            raise UserError(f"methods/{name}.py: expected one subclass of Method, found {len(own)}")
+        classes[name] = own[0]
     return Combination(classes)
 
 
 class Combination:
     """One method or several.
 
-    From the beginning it answers for the classes: `options`, `defaults`, `prerequisites`. Once started it has
-    the hooks of `Method`, each that of the method that overrides it, or else the baseline's.
+    From the beginning it answers for the classes: `options`, `defaults`, `prerequisites`. Once
+    started it has the hooks of `Method`, each that of the method that overrides it, or else the
+    baseline's.
     """
 
     def __init__(self, classes):
         self.name, self.owner = "+".join(classes), {}
         for hook, what in HOOKS.items():
-            owners = [name for name, cls in classes.items() if getattr(cls, hook) is not getattr(Method, hook)]
+            default = getattr(Method, hook)
+            owners = [name for name, cls in classes.items() if getattr(cls, hook) is not default]
             if len(owners) > 1:
-                both = " and ".join(owners)
-                raise UserError(f"--method={self.name}: {both} both {what} ({hook}); choose one of them")
+                both = f"{' and '.join(owners)} both {what} ({hook})"
+                raise UserError(f"--method={self.name}: {both}; choose one of them")
             self.owner[hook] = owners[0] if owners else None
-        # The optimizer's comes last: its defaults win, and its after_step finds what the others' left.
-        self.classes = dict(sorted(classes.items(), key=lambda item: item[0] == self.owner["optimizer"]))
+        # The optimizer's comes last: its defaults win, and its after_step finds what others left.
+        names = sorted(classes, key=lambda name: name == self.owner["optimizer"])
+        self.classes = {name: classes[name] for name in names}
         self.options = {}
         for cls in self.classes.values():
             for flag, option in cls.options.items():
                 if self.options.setdefault(flag, option) != option:
-                    raise UserError(f"--method={self.name}: two methods have a --{flag}, and they differ")
+                    raise UserError(f"--method={self.name}: it has two options --{flag}")
 
     def defaults(self, model, size):
         """Values of flags: the baseline's, over them each method's, the optimizer's last."""
         values = {}
-        for cls in [Method, *(cls for cls in self.classes.values() if cls.defaults is not Method.defaults)]:
-            of_model = cls.defaults.get(model, {})
-            values |= of_model.get("base", {}) | of_model.get(size, {})
+        for cls in (Method, *self.classes.values()):
+            if cls is Method or cls.defaults is not Method.defaults:
+                of_model = cls.defaults.get(model, {})
+                values |= of_model.get("base", {}) | of_model.get(size, {})
         return values
 
     def prerequisites(self, config):
@@ -92,12 +95,13 @@ class Combination:
         return runs
 
     def source_hashes(self):
-        """{method: hash of its file}, so that two versions of a method can be told apart afterwards."""
-        files = {name: Path(inspect.getfile(cls)) for name, cls in {"baseline": Method, **self.classes}.items()}
-        return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for name, file in files.items()}
+        """{method: hash of its file}: two versions of a method can be told apart afterwards."""
+        classes = {"baseline": Method, **self.classes}
+        sources = {name: Path(inspect.getfile(cls)).read_bytes() for name, cls in classes.items()}
+        return {name: hashlib.sha256(source).hexdigest()[:12] for name, source in sources.items()}
 
     def start(self, *arguments):
-        """Makes the methods (`arguments` are those of `Method`) and the optimizer; returns itself."""
+        """Makes the methods (`arguments` are `Method`'s) and the optimizer; returns itself."""
         self.methods = {name: cls(*arguments) for name, cls in self.classes.items()}
         baseline = Method(*arguments)
         for method in (baseline, *self.methods.values()):

@@ -1,22 +1,21 @@
 """The baseline, and the only places where a method may differ from it.
 
-Paper: Kaddour et al. 2023, "No Train No Gain" (arXiv 2307.06440), section 4; the recipe is that of crammed
-BERT (Geiping and Goldstein 2023).
-Idea: AdamW (T5: its rate scaled by each tensor's RMS), every layer, every row once, and a learning rate
-that has decayed, to zero (T5: to 1e-5 of its peak), exactly when the budget is spent. That last part is what
-the study found to beat most speed-ups.
+Paper: Kaddour et al. 2023, "No Train No Gain" (arXiv 2307.06440), section 4; the recipe is that of
+crammed BERT (Geiping and Goldstein 2023).
+Idea: AdamW (T5: its rate scaled by each tensor's RMS), every layer, every row once, and a learning
+rate that has decayed, to zero (T5: to 1e-5 of its peak), exactly when the budget is spent. That
+last part is what the study found to beat most speed-ups.
 Cost: 1, by definition.
-Where we differ from the release: norms, biases and the position scalar have no weight decay (there, only
-the norms' biases had none).
+Where we differ from the release: norms, biases and the position scalar have no weight decay (there,
+only the norms' biases had none).
 
-A method is a file `methods/NAME.py` with one subclass of `Method`. It overrides a few hooks and sees the
-model, the corpus, the clock and the configuration, never the loop.
+A method is a file `methods/NAME.py` with one subclass of `Method`. It overrides a few hooks and
+sees the model, the corpus, the clock and the configuration, never the loop.
 """
 
 import contextlib
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,12 +26,12 @@ from optimizers import AdamWScale, parameter_groups
 from parallel import gather, micro_batches, processes, sum_over_processes
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Option:
     """A flag of a method's own.
 
-    Its default (a bool, int, float or string) decides what the flag takes: 1.0, not 1, for a number that
-    may be 0.5. Values are one of `choices`, or from `minimum` to `maximum`.
+    Its default (a bool, int, float or string) decides what the flag takes: 1.0, not 1, for a number
+    that may be 0.5. Values are one of `choices`, or from `minimum` to `maximum`.
     """
 
     default: object
@@ -44,7 +43,9 @@ class Option:
 
 # What a method declares if it has forward or backward passes that train nothing.
 FREE_EXTRA_PASSES = {
-    "free_extra_passes": Option(False, "leave passes that train nothing uncharged (the study's ablation)")
+    "free_extra_passes": Option(
+        False, "leave passes that train nothing uncharged (the study's ablation)"
+    )
 }
 
 
@@ -53,17 +54,18 @@ class Method:
 
     Declarations:
         options: {flag: Option}, flags of its own; `self.config.options` has their values.
-        defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has those of
-            "base" and over them its own; all of them go over the baseline's.
+        defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has
+            those of "base" and over them its own; all of them go over the baseline's.
         models: the models that it is for.
-        turned_off: {model: {option: value}} that make it the baseline, bit for bit, where there are any.
+        turned_off: {model: {option: value}} that make it the baseline, bit for bit, where there are
+            any.
     What it may use:
-        self.model: its `layers`, `present_layers` (those that it has now), `loss`, `token_losses`, `logits`;
-            `optimizers.parameter_groups` and `hidden_matrices` say which parameter is what.
-        self.corpus: `draw(count, stream)` the next stream positions, `batch(positions, stream)` their rows,
-            `uniform(...)` random numbers that are the same on all processes and after a resume.
-        self.clock: `progress`, the share of the budget that is spent, `updates` made before this one,
-            `free()` for work that is not charged.
+        self.model: its `layers`, `present_layers` (those that it has now), `loss`, `token_losses`
+            and `logits`; `optimizers.parameter_groups` and `hidden_matrices` tell its parameters.
+        self.corpus: `draw(count, stream)`, the next stream positions; `batch(positions, stream)`,
+            their rows; `uniform(...)`, random numbers, the same on all processes and after a resume.
+        self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
+            one; `free()`, for work that is not charged.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
         self.finished_models: what `prerequisites` asked for.
     """
@@ -113,10 +115,10 @@ class Method:
 
     @classmethod
     def prerequisites(cls, config):
-        """Runs that must be finished first: {name: configuration, by dataclasses.replace(config, ...)}."""
+        """Runs that must be finished first: {name: configuration}, by dataclasses.replace."""
         return {}
 
-    # -- Hooks: each is served by the one method that overrides it ---------------------------------------
+    # -- Hooks: each is served by the one method that overrides it ---------------------------------
 
     def optimizer(self):
         """Who updates the weights? A torch optimizer; its groups' "lr" are peaks, which the loop
@@ -136,7 +138,7 @@ class Method:
         return self.corpus.draw(self.config.batch)
 
     def groups(self, positions):
-        """Which rows train which layers? [(positions, layers)]; a layer in no group is not updated."""
+        """Which rows train which layers? [(positions, layers)]; others are not updated."""
         return [(positions, self.model.present_layers)]
 
     def inputs(self, positions, stream=TRAINING_STREAM):
@@ -144,20 +146,22 @@ class Method:
         return self.corpus.batch(positions, stream)
 
     def loss(self, batch, layers):
-        """The mean loss of a micro-batch. It counts by its share of the update's rows, so every row of
-        an update must have the same weight in it. (Also called before the run, to warm up.)"""
+        """The mean loss of a micro-batch. It counts by its share of the update's rows, so every row
+        of an update must have the same weight in it. (Also called before the run, to warm up.)"""
         return self.model.loss(batch, layers)
 
     def before_step(self, gradient_norm):
         """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change them."""
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, gradient_norm)
+        torch.nn.utils.clip_grads_with_norm_(
+            self.model.parameters(), self.config.clip, gradient_norm
+        )
 
     def evaluation_weights(self):
-        """With which weights is the model validated and saved? {parameter: tensor}, of those that are
-        not the trained ones."""
+        """With which weights is the model validated and saved? {parameter: tensor}, of those that
+        are not the trained ones."""
         return {}
 
-    # -- Called for every method of a combination ------------------------------------------------------------
+    # -- Called for every method of a combination --------------------------------------------------
 
     def begin_update(self):
         """An update begins. The only place where a model may grow."""
@@ -170,13 +174,14 @@ class Method:
         return {}
 
     def state_dict(self):
-        """What must a checkpoint hold? Tensors, numbers, strings, and lists and dictionaries of these."""
+        """What must a checkpoint hold? Tensors, numbers, strings, and lists and dictionaries of
+        these."""
         return {}
 
     def load_state_dict(self, state):
         """Takes back what `state_dict` gave."""
 
-    # -- Tools ---------------------------------------------------------------------------------------------------
+    # -- Tools -------------------------------------------------------------------------------------
 
     def adamw(self, groups):
         """The baseline's optimizer for some groups of parameters."""
@@ -187,13 +192,14 @@ class Method:
         return torch.optim.AdamW(groups, **options, fused=True)
 
     def extra_pass(self):
-        """The context of a pass that trains nothing: charged, unless --free_extra_passes says otherwise."""
+        """The context of a pass that trains nothing: charged, unless --free_extra_passes says
+        otherwise."""
         is_free = self.config.options.get("free_extra_passes")
         return self.clock.free() if is_free else contextlib.nullcontext()
 
     def row_losses(self, positions, model=None):
-        """The mean loss of each row, as `inputs` makes it, with all the layers that the model (or another
-        one) has: a float64 array, the same on all processes. All of them must call it."""
+        """The mean loss of each row, as `inputs` makes it, with all the layers that the model (or
+        another one) has: a float64 array, the same on all processes. All of them must call it."""
         model = model or self.model
         parts = micro_batches([(positions, None)], self.config.micro_batch)
         with torch.no_grad():
@@ -211,20 +217,24 @@ class Method:
         return losses
 
     def mean_gradients(self, positions, stream, loss):
-        """{parameter: gradient}, over these rows of a stream, of the mean of `loss(batch, rows)`. Takes
-        `parameter.grad` meanwhile, which is None between updates. All processes must call it."""
+        """{parameter: gradient}, over these rows of a stream, of the mean of `loss(batch, rows)`.
+        Takes `parameter.grad` meanwhile, which is None between updates. All processes must call
+        it."""
         for rows, _ in micro_batches([(positions, None)], self.config.micro_batch):
             batch = self.combination.inputs(rows, stream)
             (loss(batch, rows) * (len(rows) / len(positions))).backward()
         parameters = self.model.parameters()
-        gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+        gradients = {
+            parameter: parameter.grad for parameter in parameters if parameter.grad is not None
+        }
         self.model.zero_grad(set_to_none=True)
         sum_over_processes(list(gradients.values()))
         return gradients
 
 
 def one_cycle(progress):
-    """The study's BERT schedule: up to the peak at half of the budget, down to exactly 0 at its end."""
+    """The study's BERT schedule: up to the peak at half of the budget, down to exactly 0 at its
+    end."""
     return 2 * progress if progress < 0.5 else 2 * (1 - progress)
 
 
@@ -232,8 +242,8 @@ WARM_UP = 10_000 / 65_536  # share of the budget (the study's updates, at any bu
 
 
 def cosine(progress):
-    """The study's T5 schedule: from half the peak up to it in the first 15.26% of the budget, then down half
-    a cosine, to 1e-5 of the peak at its end."""
+    """The study's T5 schedule: from half the peak up to it in the first 15.26% of the budget, then
+    down half a cosine, to 1e-5 of the peak at its end."""
     if progress < WARM_UP:
         return 0.5 + 0.5 * progress / WARM_UP
     return max(1e-5, 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))))
@@ -243,14 +253,21 @@ SCHEDULES = {"one_cycle": one_cycle, "cosine": cosine}
 
 
 def baseline_on_holdout(config, **changes):
-    """The configuration of the baseline, by its own recipe whatever the run's is, on the held-out rows: what
-    RHO-loss and Rho-1 compare losses with. All runs of a budget share it. `changes`: of its fields."""
+    """The configuration of the baseline, by its own recipe whatever the run's is, on the held-out
+    rows: what RHO-loss and Rho-1 compare losses with. All runs of a budget share it. `changes`: of
+        its fields."""
     recipe = Method.defaults[config.model]
     recipe = recipe["base"] | recipe.get(config.size, {})
     if not config.holdout:
-        raise UserError(f"--holdout=0: {config.method} needs a model of the holdout; the study's share is 0.2")
+        raise UserError(
+            f"--holdout=0: {config.method} needs a model of the holdout; the study's share is 0.2"
+        )
     if config.train_on != "training":
-        raise UserError(f"--train_on={config.train_on}: {config.method} compares with a model of the holdout")
-    common = dict(method="baseline", train_on="holdout", seed=0, options={}, out=None, validations=4)
+        raise UserError(
+            f"--train_on={config.train_on}: {config.method} compares with a model of the holdout"
+        )
+    common = dict(
+        method="baseline", train_on="holdout", seed=0, options={}, out=None, validations=4
+    )
     micro_batch = min(config.micro_batch, recipe["batch"])
     return dataclasses.replace(config, **common, **recipe, micro_batch=micro_batch, **changes)

@@ -1,18 +1,20 @@
 """LAWA: evaluate the average of the latest weights.
 
-Paper: Kaddour 2022, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging"
-(arXiv 2209.14981); on spacing and rates, Sanyal et al. 2023 (arXiv 2306.03241).
-Idea: Late in training the weights circle around a better place. The mean of a few past copies is nearer to it.
-Training is not touched.
+Paper: Kaddour 2022, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest
+Weight Averaging" (arXiv 2209.14981); on spacing and rates, Sanyal et al. 2023 (arXiv 2306.03241).
+Idea: Late in training the weights circle around a better place. The mean of a few past copies is
+nearer to it. Training is not touched.
 
-    whenever another `interval` of the budget is spent: add a copy of the weights to a queue of the last k
+    whenever another `interval` of the budget is spent: queue a copy of the weights, of the last k
     validate and save the mean of the queue; the current weights until it is full
 
-Cost: 1.00, and k copies of the weights in memory and in every checkpoint (base: BERT 0.48 GB each, T5 0.99 GB).
-Finding: not in the study. Kaddour: BERT's intermediate losses some 30 GPU hours earlier. With a rate that ends at 0
-there is little left to average away: a fair test has a higher rate or less decay (lawa+wsd --cool_down=0).
-Where we differ: copies are spaced by the budget, not by epochs, over 1% of it by default (Ajroldi et al. 2025 find that
-near the best). The queue is emptied when the model grows.
+Cost: 1.00, and k copies of the weights in memory and in every checkpoint (base: BERT 0.48 GB each,
+T5 0.99 GB).
+Finding: not in the study. Kaddour: BERT's intermediate losses some 30 GPU hours earlier. With a
+rate that ends at 0 there is little left to average away: a fair test has a higher rate or less
+decay (lawa+wsd --cool_down=0).
+Where we differ: copies are spaced by the budget, not by epochs, over 1% of it by default (Ajroldi
+et al. 2025 find that near the best). The queue is emptied when the model grows.
 """
 
 import collections
@@ -24,21 +26,30 @@ from methods.baseline import Method, Option
 
 class LAWA(Method):
     options = {
-        "copies": Option(5, "weights that are averaged; 0: the current ones are evaluated", minimum=0),
-        "interval": Option(0.002, "share of the budget from one copy to the next", minimum=1e-6, maximum=1.0),
+        "copies": Option(
+            5, "weights that are averaged; 0: the current ones are evaluated", minimum=0
+        ),
+        "interval": Option(
+            0.002, "share of the budget from one copy to the next", minimum=1e-6, maximum=1.0
+        ),
     }
     turned_off = {model: dict(copies=0) for model in ("bert", "t5")}
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.queue = collections.deque(maxlen=self.config.options["copies"])  # lists of tensors
-        self.intervals, self.depth = 0, None  # intervals that are over; layers in the queue's copies
+        self.intervals, self.depth = (
+            0,
+            None,
+        )  # intervals that are over; layers in the queue's copies
 
     def after_step(self):
         if self.depth != len(self.model.present_layers):
             self.depth = len(self.model.present_layers)
             self.queue.clear()
-        intervals = int(self.clock.progress / self.config.options["interval"] + 1e-9)  # 0.3 / 0.1 is below 3
+        intervals = int(
+            self.clock.progress / self.config.options["interval"] + 1e-9
+        )  # 0.3 / 0.1 is below 3
         if intervals > self.intervals:
             self.intervals = intervals
             self.queue.append([parameter.detach().clone() for parameter in self.model.parameters()])

@@ -1,21 +1,23 @@
 """Progressive layer dropping: skip layers at random, more of them as training goes on.
 
-Paper: Zhang and He 2020, "Accelerating Training of Transformer-Based Language Models with Progressive Layer
-Dropping" (NeurIPS).
-Idea: A pre-norm layer only adds to its input, so a model can train without it for an update. Deep layers are
-dropped more often than early ones, and the rate rises quickly from none to its final value. Evaluation uses all
-layers.
+Paper: Zhang and He 2020, "Accelerating Training of Transformer-Based Language Models with
+Progressive Layer Dropping" (NeurIPS).
+Idea: A pre-norm layer only adds to its input, so a model can train without it for an update. Deep
+layers are dropped more often than early ones, and the rate rises quickly from none to its final
+value. Evaluation uses all layers.
 
-    theta(s) = theta_bar + (1 - theta_bar) exp(-gamma s)          s: share of the budget that is spent
+    theta(s) = theta_bar + (1 - theta_bar) exp(-gamma s)        s: share of the budget that is spent
     layer i of 1 ... L is dropped with probability (i / L) (1 - theta(s))
 
-Cost: with theta at 0.5, 11.75 of BERT's 16 layers and 8.75 of T5's 12 run on average; embedding, head and optimizer
-cost as before.
-The study found: the worst pre-training loss of all methods in both models, and the worst downstream scores of T5;
-on GLUE it is slightly ahead of the baseline at 6 and 12 hours. It helps when the baseline overfits.
-Where we differ from the release: an empty draw is drawn again (there it means all layers), and a layer that no draw
-of an update kept gets no update at all (there momentum and decay go on). The paper never drops the first layer and
-multiplies what a kept layer adds by 1 / its keep probability; the study does neither, `--rescale` does the second.
+Cost: with theta at 0.5, 11.75 of BERT's 16 layers and 8.75 of T5's 12 run on average; embedding,
+head and optimizer cost as before.
+The study found: the worst pre-training loss of all methods in both models, and the worst downstream
+scores of T5; on GLUE it is slightly ahead of the baseline at 6 and 12 hours. It helps when the
+baseline overfits.
+Where we differ from the release: an empty draw is drawn again (there it means all layers), and a
+layer that no draw of an update kept gets no update at all (there momentum and decay go on). The
+paper never drops the first layer and multiplies what a kept layer adds by 1 / its keep probability;
+the study does neither, `--rescale` does the second.
 """
 
 import itertools
@@ -27,12 +29,16 @@ import torch
 from methods.baseline import Method, Option
 
 DRAWS = 0x1A7E5  # id of this random stream
-ROWS_PER_DRAW = {"bert": 128}  # BERT draws anew for each of the study's micro-batches, T5 once an update
+ROWS_PER_DRAW = {
+    "bert": 128
+}  # BERT draws anew for each of the study's micro-batches, T5 once an update
 
 
 class LayerDrop(Method):
     options = {
-        "theta_bar": Option(0.5, "final keep rate: the top layer's keep probability", minimum=0.0, maximum=1.0),
+        "theta_bar": Option(
+            0.5, "final keep rate: the top layer's keep probability", minimum=0.0, maximum=1.0
+        ),
         "gamma": Option(100.0, "how fast it is reached (t5: 20)", minimum=0.0),
         "rescale": Option(False, "multiply what a kept layer adds by 1 / its keep probability"),
     }
@@ -46,9 +52,12 @@ class LayerDrop(Method):
             adding = ("attention", "cross_attention", "feed_forward")
             for layer in self.model.layers:
                 named = layer.named_modules()
-                self.branches.append([part for name, part in named if name.split(".")[-1] in adding])
+                self.branches.append(
+                    [part for name, part in named if name.split(".")[-1] in adding]
+                )
             for part in itertools.chain(*self.branches):
-                # A buffer, and the same hook everywhere, so that one compiled graph serves all layers.
+                # A buffer, and the same hook everywhere, so that one compiled graph serves all
+                # layers.
                 keep_prob = torch.ones((), device=self.config.device)
                 part.register_buffer("keep_prob", keep_prob, persistent=False)
                 part.register_forward_hook(rescale)
@@ -89,5 +98,6 @@ class LayerDrop(Method):
 
 
 def rescale(branch, inputs, output):
-    """A forward hook. Passes without gradients, which validate and score rows, see the model as it is."""
+    """A forward hook. Passes without gradients, which validate and score rows, see the model as it
+    is."""
     return output / branch.keep_prob if torch.is_grad_enabled() else output

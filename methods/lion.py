@@ -1,8 +1,10 @@
 """Lion: the sign of a momentum, and nothing else.
 
-Paper: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675), algorithm 2.
-Idea: A search over programs found an optimizer that keeps one moment in place of AdamW's two. Every weight moves by the
-same amount, up or down. So its rate is smaller than AdamW's and its weight decay larger.
+Paper: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675),
+algorithm 2.
+Idea: A search over programs found an optimizer that keeps one moment in place of AdamW's two. Every
+weight moves by the same amount, up or down. So its rate is smaller than AdamW's and its weight
+decay larger.
 
     u = sign(beta1 m + (1 - beta1) g)
     theta <- theta (1 - lr weight_decay) - lr u
@@ -10,8 +12,8 @@ same amount, up or down. So its rate is smaller than AdamW's and its weight deca
 
 Cost: at most AdamW's step, with half of its state.
 The study found: about the baseline's scores for BERT and T5, neither better nor worse.
-Where we differ from the release: nowhere. With T5 the rate is scaled with each tensor's RMS, for the decay, too. `--eps` has no
-meaning here and is refused.
+Where we differ from the release: nowhere. With T5 the rate is scaled with each tensor's RMS, for
+the decay, too. `--eps` has no meaning here and is refused.
 """
 
 import functools
@@ -33,8 +35,14 @@ def lion_update(weight, gradient, state, lr, scale, weight_decay, beta1, beta2):
 
 class Lion(Method):
     defaults = {
-        "bert": {"base": dict(lr=7e-4, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=0.0), "tiny": dict(lr=1.5e-4)},
-        "t5": {"base": dict(lr=7.5e-4, weight_decay=0.0, beta1=0.9, beta2=0.99, eps=0.0), "tiny": dict(lr=6e-3)},
+        "bert": {
+            "base": dict(lr=7e-4, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=0.0),
+            "tiny": dict(lr=1.5e-4),
+        },
+        "t5": {
+            "base": dict(lr=7.5e-4, weight_decay=0.0, beta1=0.9, beta2=0.99, eps=0.0),
+            "tiny": dict(lr=6e-3),
+        },
     }
 
     def optimizer(self):

@@ -1,34 +1,36 @@
 """Muon: a momentum whose every matrix is replaced by the nearest orthogonal one.
 
 Paper: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
-(kellerjordan.github.io/posts/muon); the scale of the step is Liu et al. 2025, "Muon is Scalable for LLM
-Training" (arXiv 2502.16982).
-Idea: The update of a weight matrix is dominated by few directions. Made orthogonal, all of its directions are
-equally long, and rare ones are learnt, too. Five Newton-Schulz steps, matrix products only, come close enough.
+(kellerjordan.github.io/posts/muon); the scale of the step is Liu et al. 2025, "Muon is Scalable for
+LLM Training" (arXiv 2502.16982).
+Idea: The update of a weight matrix is dominated by few directions. Made orthogonal, all of its
+directions are equally long, and rare ones are learnt, too. Five Newton-Schulz steps, matrix
+products only, come close enough.
 
     B <- mu B + (1 - mu) g;    U = mu B + (1 - mu) g                   (Nesterov)
     X = U / |U|;    5 times: A = X X^T;    X <- a X + (b A + c A^2) X
     theta <- theta (1 - lr weight_decay) - lr 0.2 sqrt(max(rows, columns)) X
 
-The factor makes a step as long as AdamW's (RMS 0.2 lr), so that AdamW's rate and decay serve. The matrices
-inside the layers are Muon's; embeddings, head, relative positions, norms and scalars are the baseline's.
+The factor makes a step as long as AdamW's (RMS 0.2 lr), so that AdamW's rate and decay serve. All
+parameters but the layers' matrices are the baseline's.
 
-Cost: at most 5 m / B of an update's products, for matrices of smaller side m and B tokens an update: 2% (BERT)
-and 4% (T5) at base, but 125% at 256 x 256 and 1,024 tokens. One moment in place of AdamW's two.
-Finding: not in the study. Jordan: GPT-2 small to a given loss 1.35 times as fast. Wen et al. 2025 ("Fantastic
-Pretraining Optimizers and Where to Find Them"), against tuned baselines: 1.4 times at 0.1 B parameters, 1.1 at 1.2 B.
-Where we differ: with T5 the step is also scaled by the matrix's RMS, as its baseline's is: its queries
-start 8 times smaller than its keys. That is untested elsewhere. BERT's d x d head is left to AdamW.
+Cost: at most 5 m / B of an update's products, for matrices of smaller side m and B tokens an
+update: 2% (BERT) and 4% (T5) at base, but 125% at 256 x 256 and 1,024 tokens. One moment.
+Finding: not in the study. Jordan: GPT-2 small to a given loss 1.35 times as fast. Wen et al. 2025
+("Fantastic Pretraining Optimizers and Where to Find Them"), against tuned baselines: 1.4 times at
+0.1 B parameters, 1.1 at 1.2 B.
+Where we differ: T5's step is also scaled by the matrix's RMS, as its baseline's (queries start 8
+times smaller than keys); that is untested elsewhere. BERT's d x d head is left to AdamW.
 """
 
 import torch
 
-from errors import UserError
 from methods.baseline import Method, Option
 from optimizers import JoinedOptimizer, hidden_matrices, parameter_groups, rms_scale
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: singular values end between about 0.7 and 1.2
 STEPS = 5
+CHOICES = ("all", "attention", "feed_forward", "none")
 
 
 def orthogonalise(matrices, dtype):
@@ -82,17 +84,15 @@ class MuonOptimizer(torch.optim.Optimizer):
 
 class Muon(Method):
     options = {
-        "matrices": Option("attention,feed_forward", "parts of the layers that Muon updates; empty: none"),
+        "matrices": Option("all", "of the layers, that are Muon's", CHOICES),
         "momentum": Option(0.95, "decay of Muon's moment", minimum=0.0, maximum=1.0),
     }
-    turned_off = {model: dict(matrices="") for model in ("bert", "t5")}
+    turned_off = {model: dict(matrices="none") for model in ("bert", "t5")}
 
     def optimizer(self):
-        config, parts = self.config, [part for part in self.config.options["matrices"].split(",") if part]
-        if wrong := set(parts) - {"attention", "feed_forward"}:
-            raise UserError(f"--matrices: {wrong.pop()!r} is neither attention nor feed_forward")
+        config, part = self.config, self.config.options["matrices"]
         hidden = hidden_matrices(self.model).items()
-        matrices = [matrix for name, matrix in hidden if any(part in name for part in parts)]
+        matrices = [matrix for name, matrix in hidden if part == "all" or part in name]
         others = self.adamw(parameter_groups(self.model, config.weight_decay, without=matrices))
         if not matrices:
             return others

@@ -1,22 +1,23 @@
 """RHO-loss: train on the rows that are learnable and not yet learnt.
 
-Paper: Mindermann et al. 2022, "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet
-Learnt" (ICML).
-Idea: A second model, trained on other data (the holdout), knows how hard a row is for whoever has learnt the language:
-its irreducible loss. What the training model loses beyond that is what the row can still teach. Of a mega-batch of
-candidates the rows with the largest difference are trained on.
+Paper: Mindermann et al. 2022, "Prioritized Training on Points that are Learnable, Worth Learning,
+and Not Yet Learnt" (ICML).
+Idea: A second model, trained on other data (the holdout), knows how hard a row is for whoever has
+learnt the language: its irreducible loss. What the training model loses beyond that is what the row
+can still teach. Of a mega-batch of candidates the rows with the largest difference are trained on.
 
     candidates: the next mega_batch_factor x batch rows of the stream
     score = loss of the training model - loss of the irreducible-loss model, on the same masked row
     train on the `batch` rows with the largest scores; the others are gone
 
-Cost: with two candidates for every row about 1 + 2/3 of an update, with ten about 1 + 10/3. The irreducible-loss model
-and its scores are not charged, as in the study, but reported in result.json.
-The study found: no gain over the baseline's validation loss, with three data sets. With ten candidates a row and free
-selection the loss is slightly lower, and GLUE lower, too.
-Where we differ from the release: there the loss of the training model and the irreducible loss belong to different masks
-of a row, and by the documented commands to different rows; here the irreducible-loss model scores each candidate when it
-is drawn. The scoring pass predicts the masked positions only. Validation rows are neither in the holdout nor trained on.
+Cost: with two candidates for every row about 1 + 2/3 of an update, with ten about 1 + 10/3. The
+irreducible-loss model and its scores are not charged, as in the study, but reported in result.json.
+The study found: no gain over the baseline's validation loss, with three data sets. With ten
+candidates a row and free selection the loss is slightly lower, and GLUE lower, too.
+Where we differ from the release: there the loss of the training model and the irreducible loss
+belong to different masks of a row, and by the documented commands to different rows; here the
+irreducible-loss model scores each candidate when it is drawn. The scoring pass predicts the masked
+positions only. Validation rows are neither in the holdout nor trained on.
 """
 
 import numpy as np
@@ -29,7 +30,9 @@ MODEL = "irreducible_loss_model"
 class RHO(Method):
     options = {
         "mega_batch_factor": Option(2, "candidates for every row of a batch", minimum=1),
-        "irreducible_budget_hours": Option(0.0, "budget of the irreducible-loss model (0: the run's)", minimum=0.0),
+        "irreducible_budget_hours": Option(
+            0.0, "budget of the irreducible-loss model (0: the run's)", minimum=0.0
+        ),
         **FREE_EXTRA_PASSES,
     }
     turned_off = {model: dict(mega_batch_factor=1) for model in ("bert", "t5")}

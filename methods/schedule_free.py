@@ -1,20 +1,22 @@
 """Schedule-free AdamW: an average of the weights in place of momentum and of a decaying rate.
 
 Paper: Defazio et al. 2024, "The Road Less Scheduled" (NeurIPS, arXiv 2405.15682).
-Idea: Gradients are taken at y, between fast weights z and their running average x; x is what is evaluated. The
-average does what a decaying rate does, at any time, so no end needs to be known.
+Idea: Gradients are taken at y, between fast weights z and their running average x; x is what is
+evaluated. The average does what a decaying rate does, at any time, so no end needs to be known.
 
     v <- beta2 v + (1 - beta2) g^2;    d = g / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay y
-    z <- z - lr d;    c = lr_max^2 / (sum of lr_max^2);    x <- (1 - c) x + c z;    y <- (1 - beta1) z + beta1 x
+    z <- z - lr d;    c = lr_max^2 / (sum of lr_max^2)
+    x <- (1 - c) x + c z;    y <- (1 - beta1) z + beta1 x
 
 y is the parameter and z its state; x = y + (1 - 1 / beta1) (z - y) is made when it is needed.
 
 Cost: AdamW's step, and its memory.
-Finding: not in the study. It won the self-tuning track of AlgoPerf 2024. Its rate, decay and beta1 must be tuned to
-match a schedule, says its README: rates of 1 to 10 times AdamW's, beta1 0.9, 0.95 to 0.98 for very long runs.
-Where we differ: the count of updates and the sum of weights are each parameter's own, because a layer
-that stacking adds begins its average when it comes. With T5, lr d is scaled by the RMS of y. beta2 of
-BERT and the rates are guesses from the baseline's.
+Finding: not in the study. It won the self-tuning track of AlgoPerf 2024. Its rate, decay and beta1
+must be tuned to match a schedule, says its README: rates of 1 to 10 times AdamW's, beta1 0.9, 0.95
+to 0.98 for very long runs.
+Where we differ: the count of updates and the sum of weights are each parameter's own, because a
+layer that stacking adds begins its average when it comes. With T5, lr d is scaled by the RMS of y.
+beta2 of BERT and the rates are guesses from the baseline's.
 """
 
 import functools
@@ -36,7 +38,9 @@ def schedule_free_update(y, gradient, state, lr, scale, weight_decay, beta1, bet
     weight = state["lr_max"] ** 2
     state["weight_sum"] += weight
     c = (weight / state["weight_sum"]).nan_to_num()  # 0 while the rate is
-    y.add_(c * (z - y)).add_((beta1 * (1 - c) - 1) * step)  # z moves below, so y takes its own share of that
+    y.add_(c * (z - y)).add_(
+        (beta1 * (1 - c) - 1) * step
+    )  # z moves below, so y takes its own share of that
     z.sub_(step)
 
 
@@ -52,7 +56,11 @@ def new_state(y):
 
 
 class ScheduleFree(Method):
-    options = {"warm_up": Option(0.05, "share of the budget in which the rate rises", minimum=0.0, maximum=1.0)}
+    options = {
+        "warm_up": Option(
+            0.05, "share of the budget in which the rate rises", minimum=0.0, maximum=1.0
+        )
+    }
     defaults = {
         "bert": {"base": dict(lr=2e-3, beta1=0.9, beta2=0.98)},
         "t5": {"base": dict(lr=4e-2, beta1=0.9, beta2=0.999)},

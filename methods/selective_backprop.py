@@ -1,8 +1,10 @@
 """Selective backprop: train on the rows that the model finds hard.
 
-Paper: Jiang et al. 2019, "Accelerating Deep Learning by Focusing on the Biggest Losers" (arXiv 1910.00762).
-Idea: A forward pass is a third of an update's cost. It scores candidate rows, and a row is trained on with a
-probability that rises with its loss's rank among recent losses. Rows that are not chosen are gone for good.
+Paper: Jiang et al. 2019, "Accelerating Deep Learning by Focusing on the Biggest Losers" (arXiv
+1910.00762).
+Idea: A forward pass is a third of an update's cost. It scores candidate rows, and a row is trained
+on with a probability that rises with its loss's rank among recent losses. Rows that are not chosen
+are gone for good.
 
     for groups of candidates from the stream, until `batch` rows wait:
         losses of the group, without gradients; they join the history of the last `loss_history`
@@ -11,11 +13,12 @@ probability that rises with its loss's rank among recent losses. Rows that are n
     train on the oldest `batch` that wait; the others wait on
 
 Cost: 1 + beta candidates for every row that is trained on: with beta 1 about 1 + 2/3 of an update.
-The study found: no gain over the baseline's validation loss, with three data sets; tuned beta over 1, 2, 3, chose 1.
-Where we differ from the release: the scoring pass predicts the masked positions only (there all of them: 1.82
-updates in place of 1.67), a T5 can have it, and the last validation never gets lost. The original's history has 1,024
-losses, its exponent is 3, and it selects nothing in the first pass over the data; as in the study there is no such
-phase, because a run sees its data less than once.
+The study found: no gain over the baseline's validation loss, with three data sets; tuned beta over
+1, 2, 3, chose 1.
+Where we differ from the release: the scoring pass predicts the masked positions only (there all of
+them: 1.82 updates in place of 1.67), a T5 can have it, and the last validation never gets lost. The
+original's history has 1,024 losses, its exponent is 3, and it selects nothing in the first pass
+over the data; as in the study there is no such phase, because a run sees its data less than once.
 """
 
 import numpy as np
@@ -26,23 +29,32 @@ ACCEPTANCE = 0x5E1EC7  # id of this random stream
 
 
 def percentiles(losses, history):
-    """The share of the history that lies at or below each loss, equal ones counted by their mean rank: (N,) in
-    (0, 1]. The losses are part of the history."""
+    """The share of the history that lies at or below each loss, equal ones counted by their mean
+    rank: (N,) in (0, 1]. The losses are part of the history."""
     history = np.sort(history)
-    below, up_to = np.searchsorted(history, losses, "left"), np.searchsorted(history, losses, "right")
+    below, up_to = (
+        np.searchsorted(history, losses, "left"),
+        np.searchsorted(history, losses, "right"),
+    )
     return (below + up_to + (up_to > below)) / (2 * len(history))
 
 
 class SelectiveBackprop(Method):
     options = {
-        "beta": Option(1.0, "exponent of the percentile: a share of 1 / (1 + beta) is accepted", minimum=0.0),
-        "loss_history": Option(5000, "losses that a loss is ranked among (smaller models: fewer)", minimum=1),
-        "selection_batch": Option(128, "candidates that are scored together, at most a batch (t5: 72)", minimum=1),
+        "beta": Option(
+            1.0, "exponent of the percentile: a share of 1 / (1 + beta) is accepted", minimum=0.0
+        ),
+        "loss_history": Option(
+            5000, "losses that a loss is ranked among (smaller models: fewer)", minimum=1
+        ),
+        "selection_batch": Option(
+            128, "candidates that are scored together, at most a batch (t5: 72)", minimum=1
+        ),
         **FREE_EXTRA_PASSES,
     }
-    # With small batches 5,000 losses would be hundreds of updates old, and while the loss falls hardly a row
-    # would rank high among them: at every size the history spans as many batches as at base (3.3 of BERT's,
-    # as in the study; 35 of T5's).
+    # With small batches 5,000 losses would be hundreds of updates old, and while the loss falls
+    # hardly a row would rank high among them: at every size the history spans as many batches as at
+    # base (3.3 of BERT's, as in the study; 35 of T5's).
     defaults = {
         "bert": {"small": dict(loss_history=104), "tiny": dict(loss_history=26)},
         "t5": {
@@ -65,7 +77,9 @@ class SelectiveBackprop(Method):
             positions = self.corpus.draw(min(options["selection_batch"], batch))
             with self.extra_pass():
                 losses = self.row_losses(positions)
-            kept = max(options["loss_history"], len(losses))  # a loss is always ranked among its group
+            kept = max(
+                options["loss_history"], len(losses)
+            )  # a loss is always ranked among its group
             self.history = np.concatenate([self.history, losses])[-kept:]
             probability = percentiles(losses, self.history) ** options["beta"]
             accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]
@@ -76,10 +90,17 @@ class SelectiveBackprop(Method):
         return chosen
 
     def report(self):
-        return {"candidates": self.candidates, "accepted": self.accepted, "waiting": len(self.waiting)}
+        return {
+            "candidates": self.candidates,
+            "accepted": self.accepted,
+            "waiting": len(self.waiting),
+        }
 
     def state_dict(self):
         return {"history": self.history.tolist(), "waiting": self.waiting.tolist()}
 
     def load_state_dict(self, state):
-        self.history, self.waiting = np.array(state["history"]), np.array(state["waiting"], np.int64)
+        self.history, self.waiting = (
+            np.array(state["history"]),
+            np.array(state["waiting"], np.int64),
+        )

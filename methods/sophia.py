@@ -1,27 +1,32 @@
 """Sophia-G: momentum divided by a running estimate of the curvature, and clipped.
 
-Paper: Liu et al. 2023, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training" (arXiv
-2305.14342), algorithms 2 and 3.
-Idea: Weights with little curvature can move further. The diagonal of the Gauss-Newton matrix is estimated every few updates
-by a backward pass with labels drawn from the model's own predictions. Where the estimate is small or out of date, the
-clipping makes the step that of a sign momentum.
+Paper: Liu et al. 2023, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+Pre-training" (arXiv 2305.14342), algorithms 2 and 3.
+Idea: Weights with little curvature can move further. The diagonal of the Gauss-Newton matrix is
+estimated every few updates by a backward pass with labels drawn from the model's own predictions.
+Where the estimate is small or out of date, the clipping makes the step that of a sign momentum.
 
     m <- beta1 m + (1 - beta1) g
     theta <- theta (1 - lr weight_decay) - lr clip(m / (rho h + eps), -1, 1)
     every `hessian_interval` updates:
-        draw labels y ~ softmax(logits);    g^ = gradient of the mean cross-entropy to y over the B predicted tokens
-        h <- beta2 h + (1 - beta2) B g^2    g^ clipped to a norm of `hessian_clip` first
+        draw labels y ~ softmax(logits) for the B predicted tokens
+        g^ = gradient of the mean cross-entropy to y, clipped to a norm of `hessian_clip`
+        h <- beta2 h + (1 - beta2) B g^2
 
-Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5% and 10%.
-The study found: about the baseline's scores for both models, even where the Hessian passes are free.
-Where we differ from the release: its BERT draws labels from the encoder's hidden states, throws five of six Hessian
-micro-batches away, does not clip g^, refreshes before updates 0, 10, 20 ... in place of after updates 10, 20, ..., and scales
-h by 196,608 in place of the number of predicted tokens (its T5 by 5,120 in place of 16,416). Only rho times that scale
-matters: the study's rho of 0.01 stands for about 0.01 x 196,608 / 14,592 = 0.13 of ours in BERT (19 labels in each of the 768
-rows that it meant; its estimate itself was another) and 0.01 x 5,120 / 16,416 = 0.0031 in T5. The default is the published
-0.05, and the win rate in the log (the share of weights whose step is not clipped) should lie between 0.1 and 0.5. The passes
-take their rows from a stream of their own. With T5 the step is scaled with each tensor's RMS and the decay is not, as in the
-release. fp16, in which the study's runs ended in NaN, is refused.
+Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5%
+and 10%.
+The study found: about the baseline's scores for both models, even where the Hessian passes are
+free.
+Where we differ from the release: its BERT draws labels from the encoder's hidden states, throws
+five of six Hessian micro-batches away, does not clip g^, refreshes before updates 0, 10, 20 ... in
+place of after updates 10, 20, ..., and scales h by 196,608 in place of the number of predicted
+tokens (its T5 by 5,120 in place of 16,416). Only rho times that scale matters: the study's rho of
+0.01 stands for about 0.01 x 196,608 / 14,592 = 0.13 of ours in BERT (19 labels in each of the 768
+rows that it meant; its estimate itself was another) and 0.01 x 5,120 / 16,416 = 0.0031 in T5. The
+default is the published 0.05, and the win rate in the log (the share of weights whose step is not
+clipped) should lie between 0.1 and 0.5. The passes take their rows from a stream of their own. With
+T5 the step is scaled with each tensor's RMS and the decay is not, as in the release. fp16, in which
+the study's runs ended in NaN, is refused.
 """
 
 import functools
@@ -50,8 +55,8 @@ def new_state(weight):
 
 
 def sample_labels(logits, uniform):
-    """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P). From logits
-    that are not a number the last label, with which the loss is none either."""
+    """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P). From
+    logits that are not a number the last label, with which the loss is none either."""
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     # The threshold is above 0: no label without probability.
     threshold = (1 - uniform).to(cumulative)[..., None] * cumulative[..., -1:]
@@ -59,7 +64,8 @@ def sample_labels(logits, uniform):
 
 
 def hessian_estimate(gradients, label_tokens, clip):
-    """B g^2 of the mean gradient, clipped to a norm (0: not): the Gauss-Newton-Bartlett estimate."""
+    """B g^2 of the mean gradient, clipped to a norm (0: not): the Gauss-Newton-Bartlett
+    estimate."""
     if clip:
         norm = torch.nn.utils.get_total_norm(gradients)
         factor = (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -71,7 +77,9 @@ class Sophia(Method):
     options = {
         "clip_threshold": Option(0.05, "rho: larger means fewer clipped steps", minimum=0.0),
         "hessian_interval": Option(10, "updates from one Hessian pass to the next", minimum=1),
-        "hessian_batch": Option(0, "rows of a Hessian pass (0: bert half a batch, t5 a batch)", minimum=0),
+        "hessian_batch": Option(
+            0, "rows of a Hessian pass (0: bert half a batch, t5 a batch)", minimum=0
+        ),
         "hessian_clip": Option(1.0, "limit of the norm of its gradient (0: none)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }
@@ -85,13 +93,19 @@ class Sophia(Method):
         super().__init__(*arguments)
         self.updates, self.win_rate = 0, None
         options, config = self.config.options, self.config
-        self.rows = options["hessian_batch"] or max(1, round(ROWS_SHARE[config.model] * config.batch))
+        self.rows = options["hessian_batch"] or max(
+            1, round(ROWS_SHARE[config.model] * config.batch)
+        )
 
     def optimizer(self):
         config = self.config
         if config.dtype == "fp16":
-            raise UserError("--dtype=fp16: the gradients of Sophia's Hessian passes underflow; use bf16 or fp32")
-        constants = dict(beta1=config.beta1, clip_threshold=config.options["clip_threshold"], eps=config.eps)
+            raise UserError(
+                "--dtype=fp16: the gradients of Sophia's Hessian passes underflow; use bf16 or fp32"
+            )
+        constants = dict(
+            beta1=config.beta1, clip_threshold=config.options["clip_threshold"], eps=config.eps
+        )
         return RuleOptimizer(
             parameter_groups(self.model, config.weight_decay),
             config.lr,
@@ -118,14 +132,18 @@ class Sophia(Method):
 
     @torch.no_grad()
     def refresh_hessian(self):
-        """Moves h towards a new estimate, and counts the weights whose next step would not be clipped."""
+        """Moves h towards a new estimate, and counts the weights whose next step would not be
+        clipped."""
         positions = self.corpus.draw(self.rows, SECOND_STREAM)
         with torch.enable_grad():
             gradients = self.mean_gradients(positions, SECOND_STREAM, self.sampled_loss)
         estimates = hessian_estimate(
             list(gradients.values()), self.label_tokens, self.config.options["hessian_clip"]
         )
-        state, threshold = self.combination.optimizer_in_use.state, self.config.options["clip_threshold"]
+        state, threshold = (
+            self.combination.optimizer_in_use.state,
+            self.config.options["clip_threshold"],
+        )
         won, weights = 0, 0
         for parameter, estimate in zip(gradients, estimates):
             if parameter not in state:  # not updated yet
@@ -138,7 +156,9 @@ class Sophia(Method):
         won, finite = torch.stack([won, norms.isfinite().all()]).tolist()  # waits for the device
         self.win_rate = won / weights
         if not finite:
-            raise UserError(f"the Hessian pass after update {self.updates} is not finite; use a lower --lr")
+            raise UserError(
+                f"the Hessian pass after update {self.updates} is not finite; use a lower --lr"
+            )
 
     def report(self):
         return {} if self.win_rate is None else {"win_rate": self.win_rate}

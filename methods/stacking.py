@@ -1,22 +1,25 @@
 """Layer stacking: train a shallow model, copy its layers on top of themselves, go on.
 
 Paper: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking" (ICML).
-Idea: Layers of a trained Transformer resemble each other, so a model of twice the depth that starts from two
-copies of a shallow one is a better start than random weights. Early updates of a shallow model are also
-cheaper. Here the depth doubles twice: 4, 8, 16 layers of BERT, 3, 6, 12 of T5's two stacks.
+Idea: Layers of a trained Transformer resemble each other, so a model of twice the depth that starts
+from two copies of a shallow one is a better start than random weights. Early updates of a shallow
+model are also cheaper. Here the depth doubles twice: 4, 8, 16 layers of BERT, 3, 6, 12 of T5's two
+stacks.
 
     depth = L / 2^(growths)
     when the share of the budget that is spent reaches the next of `growth_times`:
         for i < depth: the weights of layer depth + i become those of layer i
         depth = 2 depth
 
-Cost: an update costs what its depth costs (the probe's per-layer time and a constant), so a budget buys more
-updates; the copying itself is charged and small.
-The study found: the lowest pre-training losses of all methods at short budgets, for both models; the gap to
-the baseline is nearly closed at 24 hours, and downstream it is ahead at some budgets only.
-Where we differ from the release: growth happens between updates, never inside one. `--optimizer_state=reset` is the
-paper's (all moments start anew at a growth); the release configures it but keeps the old layers' moments and lets
-the new layers start without any, as `keep` does here; `copy` gives the new layers those of the layers they copy.
+Cost: an update costs what its depth costs (the probe's per-layer time and a constant), so a budget
+buys more updates; the copying itself is charged and small.
+The study found: the lowest pre-training losses of all methods at short budgets, for both models;
+the gap to the baseline is nearly closed at 24 hours, and downstream it is ahead at some budgets
+only.
+Where we differ from the release: growth happens between updates, never inside one.
+`--optimizer_state=reset` is the paper's (all moments start anew at a growth); the release
+configures it but keeps the old layers' moments and lets the new layers start without any, as `keep`
+does here; `copy` gives the new layers those of the layers they copy.
 """
 
 import copy
@@ -29,7 +32,9 @@ from methods.baseline import Method, Option
 
 class Stacking(Method):
     options = {
-        "growth_times": Option("0.125,0.3", "shares of the budget at which the depth doubles; empty: never"),
+        "growth_times": Option(
+            "0.125,0.3", "shares of the budget at which the depth doubles; empty: never"
+        ),
         "optimizer_state": Option("keep", "of a growing model", ("keep", "reset", "copy")),
     }
     defaults = {model: {"tiny": dict(growth_times="0.25,0.5")} for model in ("bert", "t5")}
@@ -41,11 +46,15 @@ class Stacking(Method):
         try:
             self.times = [float(part) for part in text.split(",")] if text else []
         except ValueError:
-            raise UserError(f"--growth_times={text}: expected shares of the budget, as 0.125,0.3") from None
+            raise UserError(
+                f"--growth_times={text}: expected shares of the budget, as 0.125,0.3"
+            ) from None
         if any(not 0 < time < 1 for time in self.times) or sorted(set(self.times)) != self.times:
             raise UserError(f"--growth_times={text}: expected rising numbers between 0 and 1")
         if layers % 2 ** len(self.times):
-            raise UserError(f"--growth_times={text}: {layers} layers cannot be halved {len(self.times)} time(s)")
+            raise UserError(
+                f"--growth_times={text}: {layers} layers cannot be halved {len(self.times)} time(s)"
+            )
         self.grown = 0  # how often
 
     @property

@@ -1,20 +1,20 @@
 """Rho-1: train on the tokens that are learnable and not yet learnt.
 
 Paper: Lin et al. 2024, "Rho-1: Not All Tokens Are What You Need" (NeurIPS, arXiv 2404.07965).
-Idea: RHO-loss for tokens. A reference model knows how hard each predicted token is. The tokens whose loss is furthest
-above the reference's are trained on; the others have no gradient.
+Idea: RHO-loss for tokens. A reference model knows how hard each predicted token is. The tokens
+whose loss is furthest above the reference's are trained on; the others have no gradient.
 
     excess = loss of the token - loss of the reference model, on the same corrupted row
     loss   = mean over each row's ceil(share x count) predicted tokens with the largest excess
 
 Cost: a forward pass of the reference model more, about 1 + 1/3 of an update. It is charged
 (--free_extra_passes leaves it out), and training the reference model is not, as with RHO-loss.
-Finding: not in the study. The paper: with a *curated* reference corpus, few-shot maths up to 30 points better after
-continued pre-training, general tasks 6.8 points. Our reference is the baseline on the holdout, so expect less. Of
-BERT or T5 nothing is known.
-Where we differ: tokens are ranked in their row, not in the batch, so that neither the micro-batch nor the number of
-processes matters. The log's loss is that of the chosen tokens. With mask_schedule or length_warmup the
-reference reads rows of a kind that it was not trained on.
+Finding: not in the study. The paper: with a *curated* reference corpus, few-shot maths up to 30
+points better after continued pre-training, general tasks 6.8 points. Our reference is the baseline
+on the holdout, so expect less. Of BERT or T5 nothing is known.
+Where we differ: tokens are ranked in their row, not in the batch, so that neither the micro-batch
+nor the number of processes matters. The log's loss is that of the chosen tokens. With mask_schedule
+or length_warmup the reference reads rows of a kind that it was not trained on.
 """
 
 import math

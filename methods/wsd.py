@@ -1,20 +1,20 @@
 """WSD: warm up, hold the rate, and cool down at the end.
 
-Paper: Hu et al. 2024, "MiniCPM" (arXiv 2404.06395); the shape of the end is Hägele et al. 2024, "Scaling Laws and
-Compute-Optimal Training Beyond Fixed Training Durations" (arXiv 2405.18392).
-Idea: On a plateau of the rate no end needs to be known; only the last part of a run depends on its length. So
-one plateau serves runs of many budgets.
+Paper: Hu et al. 2024, "MiniCPM" (arXiv 2404.06395); the shape of the end is Hägele et al. 2024,
+"Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv 2405.18392).
+Idea: On a plateau of the rate no end needs to be known; only the last part of a run depends on its
+length. So one plateau serves runs of many budgets.
 
     rate / peak =  p / w                          while p < w
                    1                              while p < 1 - D
                    1 - sqrt((p - (1 - D)) / D)    until p = 1
 
 Cost: 1.
-Finding: not in the study. Both papers: as good as a cosine that was tuned for the run's length. Its gain, one
-plateau for many runs, does not count at a fixed budget. On the plateau validation losses look worse than a
-decayed run's: compare ends. MiniCPM: 10% of cool-down are enough, 2.5% are not.
-Where we differ: w is a share of the budget. The mean rate is 0.84 of the peak (the BERT baseline's: 0.5), so the
-best peak is likely to be lower: try 0.5, 0.7 and 1 times the baseline's.
+Finding: not in the study. Both papers: as good as a cosine that was tuned for the run's length. Its
+gain, one plateau for many runs, does not count at a fixed budget. On the plateau validation losses
+look worse than a decayed run's: compare ends. MiniCPM: 10% of cool-down are enough, 2.5% are not.
+Where we differ: w is a share of the budget. The mean rate is 0.84 of the peak (the BERT baseline's:
+0.5), so the best peak is likely to be lower: try 0.5, 0.7 and 1 times the baseline's.
 """
 
 from methods.baseline import Method, Option
@@ -22,7 +22,9 @@ from methods.baseline import Method, Option
 
 class WSD(Method):
     options = {
-        "warm_up": Option(0.05, "share of the budget in which the rate rises", minimum=0.0, maximum=1.0),
+        "warm_up": Option(
+            0.05, "share of the budget in which the rate rises", minimum=0.0, maximum=1.0
+        ),
         "cool_down": Option(0.2, "share of the budget in which it falls", minimum=0.0, maximum=1.0),
         "shape": Option("sqrt", "of its fall: 1 - sqrt, or linear", ("sqrt", "linear")),
     }
@@ -30,7 +32,9 @@ class WSD(Method):
     turned_off = {"bert": dict(warm_up=0.5, cool_down=0.5, shape="linear")}
 
     def schedule(self, progress):
-        warm_up, cool_down, shape = (self.config.options[name] for name in ("warm_up", "cool_down", "shape"))
+        warm_up, cool_down, shape = (
+            self.config.options[name] for name in ("warm_up", "cool_down", "shape")
+        )
         if progress < warm_up:
             return progress / warm_up
         if progress < 1 - cool_down or not cool_down:
