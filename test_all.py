@@ -1605,11 +1605,11 @@ EVERY_METHOD = [(name, model) for name in methods.names() for model in methods.f
 
 @pytest.fixture(scope="session")
 def contract(corpus_folder, t5_folder, tmp_path_factory):
-    """contract(name, model, variant, *flags): the folder of a run of 12 updates, made once. Runs share what they need first."""
+    """contract(name, model, variant, *flags): the folder of a run of 12 updates of 8 rows, made once. Runs share what they need first."""
     root = tmp_path_factory.mktemp("contract")
 
     def flags_of(name, model, variant, *flags):
-        recipe = ["--lr=0.0005", "--budget_steps=12", "--validations=2", "--checkpoint_minutes=0.00001"]
+        recipe = ["--batch=8", "--lr=0.0005", "--budget_steps=12", "--validations=2", "--checkpoint_minutes=0.00001"]
         data = corpus_folder if model == "bert" else t5_folder
         return small_run(data, root / f"{name}-{model}-{variant}", f"--model={model}", f"--method={name}", *recipe, *flags)
 
@@ -1681,7 +1681,7 @@ def test_contract_trains_and_resumes_bit_for_bit(contract, monkeypatch, name, mo
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
 def test_contract_micro_batch_and_free_passes_change_nothing(contract, name, model):
-    plain, other = contract(name, model), contract(name, model, "micro_batch", "--micro_batch=4")
+    plain, other = contract(name, model), contract(name, model, "micro_batch", "--micro_batch=3")
     assert losses_of(other) == pytest.approx(losses_of(plain), rel=1e-3)
     if "free_extra_passes" in methods.find(name).options:  # no weights may change in a free block: the clock looks
         free = contract(name, model, "free", "--free_extra_passes")
@@ -1722,13 +1722,21 @@ def in_two_processes(tmp_path, root, runs):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_contract_two_processes_are_one(contract, tmp_path):
-    for name, model in EVERY_METHOD:
+@pytest.fixture(scope="session")
+def runs_in_two_processes(contract, request, tmp_path_factory):
+    """Those of all selected tests, by the same two processes: starting them takes longer than a run."""
+    selected = [item.callspec.params for item in request.session.items if "runs_in_two_processes" in item.fixturenames]
+    selected = [(params["name"], params["model"]) for params in selected]
+    for name, model in selected:
         contract(name, model)  # with what it needs first
-    in_two_processes(tmp_path, contract.root, [contract.flags_of(name, model, "two", "--threads=1") for name, model in EVERY_METHOD])
-    for name, model in EVERY_METHOD:
-        two, one = (losses_of(contract.root / f"{name}-{model}-{variant}") for variant in ("two", "plain"))
-        assert two == pytest.approx(one, rel=1e-3), (name, model)
+    flags = [contract.flags_of(name, model, "two", "--threads=1") for name, model in selected]
+    in_two_processes(tmp_path_factory.mktemp("two"), contract.root, flags)
+
+
+@pytest.mark.parametrize("name, model", EVERY_METHOD)
+def test_contract_two_processes_are_one(contract, runs_in_two_processes, name, model):
+    two, one = (losses_of(contract.root / f"{name}-{model}-{variant}") for variant in ("two", "plain"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 COMBINATIONS = {

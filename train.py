@@ -619,6 +619,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 optimizer.zero_grad(set_to_none=True)
                 if not skipped:
                     method.after_step()
+                report = method.report()  # of this update: the clock moves on when it ends
 
             # From here to the next update nothing is charged.
             state.rows += len(positions)
@@ -628,7 +629,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 gradient_norm=None if skipped else norm, rows=len(positions), skipped=skipped,
                 charged_seconds=clock.charged_seconds, free_seconds=clock.update_free_seconds,
                 spent_seconds=clock.spent_seconds, factor=clock.factor,
-                compilations=compilations() - graphs, **method.report(),
+                compilations=compilations() - graphs, **report,
             )  # fmt: skip
             bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
             bar.update(clock.progress - bar.n)

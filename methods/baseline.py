@@ -53,7 +53,7 @@ class Method:
     """The baseline. A method overrides what it changes, and inherits the rest.
 
     Declarations:
-        options: {flag: Option}, flags of its own; `self.config.options` has their values.
+        options: {flag: Option}, flags of its own, named as variables are.
         defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has
             those of "base" and over them its own; all of them go over the baseline's.
         models: the models that it is for.
@@ -66,7 +66,9 @@ class Method:
             their rows; `uniform(...)`, random numbers, the same on all processes and after a resume.
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
             one; `free()`, for work that is not charged.
+        self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
+            `super().HOOK()` is the baseline's: two methods that override one hook do not combine.
         self.finished_models: what `prerequisites` asked for.
     """
 
@@ -126,7 +128,8 @@ class Method:
         return self.adamw(parameter_groups(self.model, self.config.weight_decay))
 
     def schedule(self, progress):
-        """What share of its peak is every learning rate, with this share of the budget spent?"""
+        """What share of its peak is every learning rate, with this share of the budget spent? In an
+        update `progress` is `clock.progress`, which moves on when the update ends."""
         return SCHEDULES[self.config.schedule](progress)
 
     def layers(self):
@@ -134,7 +137,8 @@ class Method:
         return list(range(len(self.model.layers)))
 
     def next_batch(self):
-        """Which rows are trained on? An array of stream positions, any number of them."""
+        """Which rows are trained on? An array of stream positions, as many as there are processes or
+        more."""
         return self.corpus.draw(self.config.batch)
 
     def groups(self, positions):
@@ -170,7 +174,7 @@ class Method:
         """The weights were updated (in fp16: unless a gradient overflowed)."""
 
     def report(self):
-        """What should this update's line in the log say? {name: number}."""
+        """What should this update's line in the log say? {name: number}, of Python's own types."""
         return {}
 
     def state_dict(self):
