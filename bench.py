@@ -196,6 +196,7 @@ def optimizer_of(name, model, config):
 def optimizer_steps(repeats):
     """Each optimizer has its own state; they share the weights and a gradient. In turns with them, an update's forward and
     backward pass of one micro-batch, from which the share of an update follows."""
+    torch._dynamo.config.recompile_limit = 99  # a run has a handful of graphs; here are many runs'
     print("| model, size | parameters | optimizer | ms a step | share of an update | more than fused AdamW, share |\n|---|---|---|---|---|---|")
     for name, size in itertools.product(models.SIZES, ("tiny", "small")):
         config = train.resolve({"model": name, "size": size, "device": "cpu"})

@@ -140,22 +140,29 @@ def adamw_scale_update(weight, gradient, state, lr, scale, weight_decay, beta1, 
     m <- beta1 m + (1 - beta1) g;    v <- beta2 v + (1 - beta2) g^2
     theta <- theta - lr scale sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)
     theta <- theta - lr weight_decay theta
+
+    1 - beta^t is the moment of a gradient that is always 1, and is updated like one: compiled, a
+    power would be taken again for every weight.
     """
-    m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
-    t += 1
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m_of_ones, v_of_ones = state["exp_avg_of_ones"], state["exp_avg_sq_of_ones"]
     m.lerp_(gradient, 1 - beta1)
+    m_of_ones.lerp_(torch.ones_like(m_of_ones), 1 - beta1)
     v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    size = lr * scale * (1 - beta2**t).sqrt() / (1 - beta1**t)
+    v_of_ones.lerp_(torch.ones_like(v_of_ones), 1 - beta2)
+    size = lr * scale * v_of_ones.sqrt() / m_of_ones
     weight.addcdiv_(m * size, v.sqrt().add_(eps), value=-1)
-    weight.mul_(1 - lr * weight_decay)
+    if weight_decay:
+        weight.mul_(1 - lr * weight_decay)
 
 
 def new_moments(weight):
-    """State of AdamWScale: two moments and the number of updates, exact at any count."""
+    """State of AdamWScale: two moments, and both of ones."""
     return {
-        "step": torch.zeros((), dtype=torch.float64, device=weight.device),
         "exp_avg": torch.zeros_like(weight),
         "exp_avg_sq": torch.zeros_like(weight),
+        "exp_avg_of_ones": weight.new_zeros(()),
+        "exp_avg_sq_of_ones": weight.new_zeros(()),
     }
 
 
