@@ -64,6 +64,8 @@ class Method:
             and `logits`; `optimizers.parameter_groups` and `hidden_matrices` tell its parameters.
         self.corpus: `draw(count, stream)`, the next stream positions; `batch(positions, stream)`,
             their rows; `uniform(...)`, random numbers, the same on all processes and after a resume.
+            A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
+            BERT in the columns "positions" (B, P).
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
             one; `free()`, for work that is not charged.
         self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
