@@ -63,7 +63,8 @@ class Method:
         self.model: its `layers`, `present_layers` (those that it has now), `loss`, `token_losses`
             and `logits`; `optimizers.parameter_groups` and `hidden_matrices` tell its parameters.
         self.corpus: `draw(count, stream)`, the next stream positions; `batch(positions, stream)`,
-            their rows; `uniform(...)`, random numbers, the same on all processes and after a resume.
+            their rows; `uniform(...)`, random numbers, the same on all processes and after a
+            resume.
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
             BERT in the columns "positions" (B, P).
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
@@ -139,8 +140,7 @@ class Method:
         return list(range(len(self.model.layers)))
 
     def next_batch(self):
-        """Which rows are trained on? An array of stream positions, as many as there are processes or
-        more."""
+        """Which rows are trained on? An array of stream positions, at least one a process."""
         return self.corpus.draw(self.config.batch)
 
     def groups(self, positions):

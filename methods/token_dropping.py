@@ -8,13 +8,13 @@ but in the last tenth of the budget.
     BERT, L layers: 0 ... L/2 - 2 read all tokens; in L/2 - 1 the kept ones attend to all;
         L/2 ... L - 2 read the kept ones alone; L - 1 all. Kept are a row's K most important, and
         [UNK], [CLS], [SEP], [MASK] before all others:
-        importance[id] <- 0.995 importance[id] + 0.005 (mean loss of an update where id is the label)
+        importance[id] <- 0.995 importance[id] + 0.005 (mean loss of an update, id the label)
     T5: each encoder layer but the first and last draws K columns; the others pass it by.
 
 Cost: with K half a row 0.76 of BERT's layers at base, and 7/12 of T5's encoder.
 Finding: not in the study. Hou: 25% cheaper at about the same GLUE, rows of 512 tokens.
-Where we differ: importance takes an id's mean loss in an update (the release: its last),
-so that processes agree. Random-LTD draws for each row and lets K grow; here an update's rows share a draw.
+Where we differ: importance takes an id's mean loss in an update (the release: its last), so that
+processes agree. Random-LTD draws for each row and lets K grow; here an update's rows share a draw.
 """
 
 import torch
@@ -70,10 +70,8 @@ class TokenDropping(Method):
         return losses.mean()
 
     def t5_loss(self, batch, layers, count):
-        model, columns = (
-            self.model,
-            torch.arange(batch["tokens"].shape[1], device=self.corpus.device),
-        )
+        model = self.model
+        columns = torch.arange(batch["tokens"].shape[1], device=self.corpus.device)
         with model.autocast():
             h, previous = model.embed_both(batch)
             bias = model.encoder_bias(len(columns))
