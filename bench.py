@@ -12,12 +12,13 @@ What is compared is interleaved in one run, because a shared machine's speed cha
 minute; every time is the median over the repeats (`load` prints every repeat).
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import itertools
 import json
-import os
+import math
 import statistics
 import subprocess
 import sys
@@ -275,13 +276,15 @@ def run_beside_baseline(method, config, flags, folder):
         streams = dict(cwd=ROOT, stdout=messages, stderr=messages)
         other = subprocess.Popen([*beside, "--budget_steps=1000000"], **streams)
         try:
-            process = subprocess.Popen(mine, **streams)
-            _, status, usage = os.wait4(process.pid, 0)
+            process, peak = subprocess.Popen(mine, **streams), math.nan
+            while process.poll() is None:
+                peak = peak_memory(process.pid) or peak
+                time.sleep(0.05)
             ended = other.poll()
         finally:
             other.kill()
             other.wait()
-        if status != 0 or ended is not None:
+        if process.returncode != 0 or ended is not None:
             raise UserError(f"{method} or the baseline beside it failed: {Path(messages.name).read_text()[-500:]}")
     logs = []
     for name in ("mine", "beside"):
@@ -290,7 +293,16 @@ def run_beside_baseline(method, config, flags, folder):
         logs.append([line for line in lines if "loss" in line])
     if not logs[1]:
         raise UserError(f"{method} ended before the baseline beside it made an update: this machine is too busy to compare them; try again")
-    return *logs, usage.ru_maxrss / 2**20  # of kB
+    return *logs, peak
+
+
+def peak_memory(pid):
+    """The most memory that a process has had, in GB; None where the system does not say. (Resource usage does not do:
+    a process begins with the peak of the one that started it.)"""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 2**20  # of kB
 
 
 NO_TOKENS = {"vocabulary_size": 0, "first_sentinel": 0, "separator": 0}  # for an objective that is asked for its shapes only
@@ -300,7 +312,7 @@ def theory(method, config, records, constant, per_layer):
     """What an update of a method costs, relative to the baseline's, for the updates that these lines of a log are of.
 
     A pass without gradients is a third of a training pass. Layers cost what `cost_of_layers` measured; other shapes and
-    Muon's products cost as their floating-point operations.
+    Muon's products cost as their floating-point operations, those in bf16 as much less as this machine multiplies faster in it.
     """
     model, batch = models.build(config.model, config.size, config.vocabulary), config.batch
     objective = functools.partial(OBJECTIVES[config.model], meta=NO_TOKENS)
@@ -324,7 +336,8 @@ def theory(method, config, records, constant, per_layer):
         return 1 + ROWS_SHARE[config.model] * (len(records) // config.options["hessian_interval"]) / len(records)
     if method == "muon":
         sides = [sorted(matrix.shape) for matrix in hidden_matrices(model).values()]
-        return 1 + sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides) / (batch * flops())
+        products = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
+        return 1 + products * product_seconds(torch.bfloat16) / product_seconds(torch.float32) / (batch * flops())
     if method == "length_warmup":
         return statistics.mean(flops(row_length=report["row_length"]) for report in reports) / flops()
     if method == "mask_schedule":
@@ -335,6 +348,17 @@ def theory(method, config, records, constant, per_layer):
         saved = token_dropping_saves(model, config.model, width, round(config.options["keep"] * width))
         return 1 - dropping * saved / flops()
     return 1.0
+
+
+def product_seconds(dtype, size=1024):
+    """Seconds of a product of two square matrices."""
+    matrix = torch.randn(size, size).to(dtype)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def token_dropping_saves(model, name, width, kept):

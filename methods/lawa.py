@@ -38,18 +38,14 @@ class LAWA(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.queue = collections.deque(maxlen=self.config.options["copies"])  # lists of tensors
-        self.intervals, self.depth = (
-            0,
-            None,
-        )  # intervals that are over; layers in the queue's copies
+        self.intervals, self.depth = 0, None  # that are over; layers of the queue's copies
 
     def after_step(self):
         if self.depth != len(self.model.present_layers):
             self.depth = len(self.model.present_layers)
             self.queue.clear()
-        intervals = int(
-            self.clock.progress / self.config.options["interval"] + 1e-9
-        )  # 0.3 / 0.1 is below 3
+        interval = self.config.options["interval"]
+        intervals = int(self.clock.progress / interval + 1e-9)  # 0.3 / 0.1 is below 3
         if intervals > self.intervals:
             self.intervals = intervals
             self.queue.append([parameter.detach().clone() for parameter in self.model.parameters()])
