@@ -427,8 +427,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         raise UserError(f"--repeats={options.repeats}: expected at least 1")
-    train.keep_freed_memory()
-    train.flush_denormals()
+    rst.prepare_machine()
     function, repeats = benches[options.bench]
     if options.model and options.bench not in ("costs", "load"):
         raise UserError(f"--model={options.model}: only costs and load have it")

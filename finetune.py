@@ -31,7 +31,7 @@ import model as models
 import tasks
 from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer, one_at_a_time
 from errors import Parser, UserError, exits_on_user_error
-from train import DTYPES, ROOT, SEEDS, check_device, explains_out_of_memory, flush_denormals, git_commit, keep_freed_memory, read_json, say, shown, write_json
+from train import DTYPES, ROOT, SEEDS, check_device, explains_out_of_memory, git_commit, read_json, say, shown, write_json
 
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
@@ -346,11 +346,7 @@ def main(arguments=None):
     kind = kind_of(folder)
     if kind != suite.MODEL:
         raise UserError(f"--suite={options.suite} is for {suite.MODEL}; {folder} is a {kind}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in pre-training
-    keep_freed_memory()
-    flush_denormals()
+    rst.prepare_machine(options.threads)
     data_dir = Path(options.data_dir) if options.data_dir else ROOT / "data" / options.suite
     out = Path(options.out) if options.out else folder / "finetuned" / (options.suite + ("-untrained" if options.untrained else ""))
     identity = identity_of(folder, options, recipe)

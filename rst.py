@@ -15,6 +15,7 @@ exchange rate. On a shared machine it is timed again and again during a run.
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -65,7 +66,7 @@ REFERENCES = {
     ),
     # The table is per 144 rows, the probe has 72.
     "a100": Reference("a100", {"t5": seconds_per_layer(A100_T5) / 2}, "seconds per layer pair, from the release's recorded step times"),
-    "this": Reference("this", {}, "plain time on this machine, factor 1"),
+    "this": Reference("this", {}, "plain time on this machine with all its processes, factor 1"),
 }
 
 
@@ -174,6 +175,21 @@ class Probe:
         return (time.perf_counter() - start) * self.full_rows / self.rows
 
 
+def prepare_machine(threads=0):
+    """What every program that trains or times does first, so that the probe runs as training does. `threads` of the CPU; 0: torch's choice."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
+    # T5's first softmax gradients are full of numbers below 1e-38, which double the time of its backward pass on a
+    # CPU: they are zero. Before the first parallel operation, so that all threads know.
+    torch.set_flush_denormal(True)
+    # glibc keeps freed memory for the next step: giving it back and faulting it in again costs a CPU step 10 to 20%.
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def synchronise(device):
     """Waits until the device has done its work, so that a clock may be read."""
     if torch.device(device).type == "cuda":
@@ -240,7 +256,7 @@ class Clock:
         self.stalls, self.stall_seconds = 0, 0.0
         self.last_seconds = collections.deque(maxlen=50)  # of the last updates, here: what is usual
         self.free_block_seconds = 0.0  # of this update
-        self.weights = []  # what may not change in free(): set by the training loop
+        self.weights = []  # what may not change in free(): set when there is a model
         self.rehearsed_progress = None  # set while the loop warms up the shapes of a later time
         self.probe, self.probes, self.seconds_since_probe = None, collections.deque(), 0.0
         self.factor, self.factor_history = 1.0, []  # [spent seconds, factor]
@@ -257,10 +273,10 @@ class Clock:
         oldest = time.perf_counter() - PROBE_MEMORY_SECONDS
         while len(self.probes) > LEAST_PROBES and self.probes[0][1] < oldest:
             self.probes.popleft()
-        seconds = sorted(seconds for seconds, _ in self.probes)
-        mine = statistics.mean(seconds[1:-1] if len(seconds) >= LEAST_PROBES else seconds)
-        factor = self.reference.probe_seconds[self.probe.name] / mine
-        everyone = gather([factor, mine * self.probe.rows / self.probe.full_rows], self.device)
+        times = sorted(seconds for seconds, _ in self.probes)
+        mean = statistics.mean(times[1:-1] if len(times) >= LEAST_PROBES else times)
+        mine = self.reference.probe_seconds[self.probe.name] / mean
+        everyone = gather([mine, mean * self.probe.rows / self.probe.full_rows], self.device)
         self.factor = sum(factor for factor, _ in everyone)
         self.probe_wall_seconds = max(wall for _, wall in everyone)
         self.seconds_since_probe = 0.0
@@ -308,11 +324,11 @@ class Clock:
     def free(self):
         """A block of work that is reported but not charged. Weights may not change in it: checked."""
         synchronise(self.device)
-        start = time.perf_counter()
+        start, earlier = time.perf_counter(), self.free_block_seconds
         before = fingerprint(self.weights)
         yield
         changed = fingerprint(self.weights) != before  # waits for the device; the checking is free, too
-        self.free_block_seconds += time.perf_counter() - start
+        self.free_block_seconds = earlier + time.perf_counter() - start  # a block inside this one counts once
         if changed:
             raise RuntimeError("weights changed inside clock.free(): free work may not train the model")
 
@@ -324,7 +340,8 @@ class Clock:
         # The factor is this session's: the run may have moved to another machine.
         for name, value in state.items():
             setattr(self, name, value)
-        self.factor_history.append([self.spent_seconds, self.factor])
+        if self.probe:
+            self.factor_history.append([self.spent_seconds, self.factor])
 
 
 def fingerprint(tensors):
@@ -357,8 +374,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.threads < 0:
         raise UserError(f"--repeats={options.repeats} --threads={options.threads}: repeats are at least 1, threads at least 0")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    prepare_machine(options.threads)
     references = {name: reference for name, reference in REFERENCES.items() if reference.probe_seconds}
     if options.reference:
         references[options.reference] = find_reference(options.reference)

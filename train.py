@@ -11,7 +11,6 @@ model.pt (weights only), result.json (written last).
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -333,31 +332,13 @@ def git_commit():
         return None
 
 
-# -- Processes and memory ------------------------------------------------------------------------------------
+# -- Processes -----------------------------------------------------------------------------------------------
 
 
 def say(*text):
     if is_main():
         tqdm.write(" ".join(map(str, text)), file=sys.stdout)
         sys.stdout.flush()
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed memory for the next step: giving it back and faulting it in again costs a
-    CPU step 10 to 20%. Elsewhere there is nothing to tell."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def flush_denormals():
-    """Makes the CPU take numbers below 1e-38 for zero: T5's first softmax gradients are full of them, and they
-    double the time of its backward pass. Before the first parallel operation, so that all threads do."""
-    torch.set_flush_denormal(True)
 
 
 @contextlib.contextmanager
@@ -437,9 +418,10 @@ def swapped_weights(weights):
 
 
 def warm_up(method, model, corpus, config, clock):
-    """Runs all shapes of the run on throw-away batches, so that compilation and first-time work are done
-    before the clock starts: the shapes that `inputs` makes at any time of the budget, and both its ends
-    (a method may compute something else there). Returns the seconds of an update's forward and backward."""
+    """Trains on throw-away batches, so that compilation and first-time work are done before the clock starts: on
+    the shapes that `inputs` makes at any time of the budget, and at both its ends (a method may compute something
+    else there), with the layers that there are now. Optimizers compile when they are made. Returns the seconds of an
+    update's forward and backward, by the last pass over each number of rows."""
     groups = method.groups(np.arange(config.batch))
     sizes = [len(rows) for rows, _ in micro_batches(groups, config.micro_batch)]
     times = np.linspace(clock.progress, 1, 101 if method.owner["inputs"] else 2).tolist()
@@ -500,7 +482,7 @@ def print_plan(config, folder):
 def train(config, folder, resume=False):
     """Runs a configuration to the end of its budget in `folder`; returns its result.
 
-    Raises SystemExit after SIGTERM or Ctrl-C, when all is saved.
+    Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is saved.
     """
     combination = methods.find(config.method)
     finished_models, finished_runs = {}, {}
@@ -522,13 +504,14 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     clock = rst.Clock(
         reference, config.model, config.device, budget_seconds, config.budget_steps, config.reprobe
     )
-    if budget_seconds:
+    if budget_seconds and not resume:
         refuse_long(config, budget_seconds / clock.factor, f"factor {clock.factor:.4g}")
     corpus = open_corpus(config)
     refuse_other_tokens(config, corpus)
     torch.manual_seed(config.seed)
     model = models.build(config.model, config.size, config.vocabulary).to(config.device)
     configure(model, config)
+    # From here on one object stands for all methods of the run: each hook is that of the one that overrides it.
     method = combination.start(model, corpus, clock, config, finished_models)
     optimizer = method.optimizer_in_use
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
@@ -536,6 +519,8 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     state = SimpleNamespace(wall_seconds=0.0, rows=0, skipped=0, validation_loss=None, log_bytes=0)
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
+        if budget_seconds:
+            refuse_long(config, (budget_seconds - clock.spent_seconds) / clock.factor, f"factor {clock.factor:.4g}")
     model.present_layers = method.layers()
     entropy = corpus.unigram_entropy()
     say(
@@ -549,7 +534,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     if is_main():
         log.truncate(state.log_bytes)
         shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # fine-tuning needs it with model.pt
-        if not clock.updates:  # nothing of an earlier process counts, nor what it was started with
+        if not clock.updates:  # nothing was kept of an earlier process: this one's flags are the run's
             write_json(folder / "config.json", dataclasses.asdict(config))
     bar = tqdm(
         total=1.0,
@@ -581,7 +566,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
             models.write_whole(stored, folder / "checkpoint.pt")
         wait_for_all()  # or the others would be charged their waiting, in the next update
 
-    stop, checkpoint_due = StopSignal(), time.perf_counter() + 60 * config.checkpoint_minutes
+    stop, stop_signal, checkpoint_due = StopSignal(), 0, time.perf_counter() + 60 * config.checkpoint_minutes
     wait_for_all()  # whoever was ready first is not charged for the others
     try:
         # ---------------------------------- the training loop ----------------------------------
@@ -597,7 +582,8 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 positions = method.next_batch()
 
                 # The gradient of the mean over all predicted tokens: every row has as many of them, so a
-                # micro-batch weighs its share of the rows, and how rows are split changes nothing.
+                # micro-batch weighs its share of the rows, and how rows are split changes nothing. A process
+                # has its part of the rows; the sums are in place, so they reach the parameters.
                 loss = torch.zeros((), device=config.device)
                 for rows, layers in micro_batches(method.groups(positions), config.micro_batch):
                     part = method.loss(method.inputs(rows), layers) * (len(rows) / len(positions))
@@ -703,6 +689,8 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
             f"note: the model has {result['layers']} of its {len(model.layers)} layers; "
             f"the budget ended before --method={config.method} used them all"
         )
+    if stop_signal:  # it came in the last update; whoever wanted this run first has to stop, too
+        raise SystemExit(128 + int(stop_signal))
     return result
 
 
@@ -820,11 +808,7 @@ def start_processes(config):
             config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(config.device)
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
-    keep_freed_memory()
-    flush_denormals()
+    rst.prepare_machine(config.threads)
     return config
 
 

@@ -57,8 +57,8 @@ class Combination:
     """One method or several.
 
     From the beginning it answers for the classes: `options`, `defaults`, `prerequisites`. Once
-    started it has the hooks of `Method`, each that of the method that overrides it, or else the
-    baseline's.
+    started it has every hook of `HOOKS` as an attribute, that of the method that overrides it, or
+    else the baseline's.
     """
 
     def __init__(self, classes):
@@ -70,9 +70,9 @@ class Combination:
                 both = f"{' and '.join(owners)} both {what} ({hook})"
                 raise UserError(f"--method={self.name}: {both}; choose one of them")
             self.owner[hook] = owners[0] if owners else None
-        # The optimizer's comes last: its defaults win, and its after_step finds what others left.
-        names = sorted(classes, key=lambda name: name == self.owner["optimizer"])
-        self.classes = {name: classes[name] for name in names}
+        # The optimizer's comes last: its defaults win, and its after_step runs after the others'.
+        order = sorted(classes, key=lambda name: name == self.owner["optimizer"])
+        self.classes = {name: classes[name] for name in order}
         self.options = {}
         for cls in self.classes.values():
             for flag, option in cls.options.items():
@@ -91,7 +91,9 @@ class Combination:
     def prerequisites(self, config):
         runs = {}
         for cls in self.classes.values():
-            runs |= cls.prerequisites(config)
+            for name, run in cls.prerequisites(config).items():
+                if runs.setdefault(name, run) != run:
+                    raise UserError(f"--method={self.name}: two of its methods call a run {name}")
         return runs
 
     def source_hashes(self):

@@ -57,11 +57,12 @@ class Method:
         defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has
             those of "base" and over them its own; all of them go over the baseline's.
         models: the models that it is for.
-        turned_off: {model: {option: value}} that make it the baseline, bit for bit, where there are
-            any.
+        turned_off: {model: {option: value}} that train what the baseline trains in as many updates,
+            bit for bit, where there are any.
     What it may use:
-        self.model: its `layers`, `present_layers` (those that it has now), `loss`, `token_losses`
-            and `logits`; `optimizers.parameter_groups` and `hidden_matrices` tell its parameters.
+        self.model: its `layers` (T5: pairs of an encoder's and a decoder's), `present_layers`
+            (those that it has now), `loss`, `token_losses` and `logits`;
+            `optimizers.parameter_groups` and `hidden_matrices` tell its parameters.
         self.corpus: `draw(count, stream)`, the next stream positions; `batch(positions, stream)`,
             their rows; `uniform(...)`, random numbers, the same on all processes and after a
             resume.
@@ -71,7 +72,8 @@ class Method:
             one; `free()`, for work that is not charged.
         self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
-            `super().HOOK()` is the baseline's: two methods that override one hook do not combine.
+            `super().HOOK()` is the baseline's, of no other method: two that override one hook do
+            not combine.
         self.finished_models: what `prerequisites` asked for.
     """
 
@@ -136,7 +138,8 @@ class Method:
         return SCHEDULES[self.config.schedule](progress)
 
     def layers(self):
-        """Which layers does the model have now? A list of indices; asked after `begin_update`."""
+        """Which layers does the model have now? A list of indices; asked before the first update,
+        and in each after `begin_update`."""
         return list(range(len(self.model.layers)))
 
     def next_batch(self):
@@ -144,7 +147,8 @@ class Method:
         return self.corpus.draw(self.config.batch)
 
     def groups(self, positions):
-        """Which rows train which layers? [(positions, layers)]; others are not updated."""
+        """Which rows train which layers? [(positions, layers)], every row once, at least one a
+        process in each. Layers that are in none are not updated."""
         return [(positions, self.model.present_layers)]
 
     def inputs(self, positions, stream=TRAINING_STREAM):
@@ -153,11 +157,13 @@ class Method:
 
     def loss(self, batch, layers):
         """The mean loss of a micro-batch. It counts by its share of the update's rows, so every row
-        of an update must have the same weight in it. (Also called before the run, to warm up.)"""
+        of an update must have the same weight in it. (`groups`, `inputs` and `loss` are also called
+        before the run, to warm up; a method that counts in them sets to 0 in `begin_update`.)"""
         return self.model.loss(batch, layers)
 
     def before_step(self, gradient_norm):
-        """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change them."""
+        """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change them. (In
+        fp16 it is not finite where one overflowed, and no step follows.)"""
         torch.nn.utils.clip_grads_with_norm_(
             self.model.parameters(), self.config.clip, gradient_norm
         )
@@ -181,7 +187,7 @@ class Method:
 
     def state_dict(self):
         """What must a checkpoint hold? Tensors, numbers, strings, and lists and dictionaries of
-        these."""
+        these, the same on all processes: one of them saves."""
         return {}
 
     def load_state_dict(self, state):
@@ -198,14 +204,15 @@ class Method:
         return torch.optim.AdamW(groups, **options, fused=True)
 
     def extra_pass(self):
-        """The context of a pass that trains nothing: charged, unless --free_extra_passes says
-        otherwise."""
+        """The context of a pass of the model that trains nothing: charged, unless
+        --free_extra_passes says otherwise."""
         is_free = self.config.options.get("free_extra_passes")
         return self.clock.free() if is_free else contextlib.nullcontext()
 
     def row_losses(self, positions, model=None):
-        """The mean loss of each row, as `inputs` makes it, with all the layers that the model (or
-        another one) has: a float64 array, the same on all processes. All of them must call it."""
+        """The mean loss of each row, by the model's loss (not the hook) and as `inputs` makes it,
+        with all the layers that the model (or another one) has: a float64 array, the same on all
+        processes. All of them must call it."""
         model = model or self.model
         parts = micro_batches([(positions, None)], self.config.micro_batch)
         with torch.no_grad():
@@ -259,9 +266,9 @@ SCHEDULES = {"one_cycle": one_cycle, "cosine": cosine}
 
 
 def baseline_on_holdout(config, **changes):
-    """The configuration of the baseline, by its own recipe whatever the run's is, on the held-out
-    rows: what RHO-loss and Rho-1 compare losses with. All runs of a budget share it. `changes`: of
-        its fields."""
+    """The configuration of the baseline on the held-out rows, with `changes`: what RHO-loss and
+    Rho-1 compare losses with. Its recipe is the baseline's own, whatever the run's is, so that all
+    runs of a budget share it."""
     recipe = Method.defaults[config.model]
     recipe = recipe["base"] | recipe.get(config.size, {})
     if not config.holdout:

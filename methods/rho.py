@@ -10,8 +10,9 @@ can still teach. Of a mega-batch of candidates the rows with the largest differe
     score = loss of the training model - loss of the irreducible-loss model, on the same masked row
     train on the `batch` rows with the largest scores; the others are gone
 
-Cost: with two candidates for every row about 1 + 2/3 of an update, with ten about 1 + 10/3. The
-irreducible-loss model and its scores are not charged, as in the study, but reported in result.json.
+Cost: with two candidates for every row about 1 + 2/3 of an update, with ten about 1 + 10/3, for the
+losses of the training model. As in the study neither the irreducible-loss model, trained before the
+run, nor its losses, which are free in it, are charged; result.json reports both.
 The study found: no gain over the baseline's validation loss, with three data sets. With ten
 candidates a row and free selection the loss is slightly lower, and GLUE lower, too.
 Where we differ from the release: there the loss of the training model and the irreducible loss
@@ -52,7 +53,7 @@ class RHO(Method):
             irreducible_losses = self.row_losses(positions, self.finished_models[MODEL])
         scores = losses - irreducible_losses
         best = np.argsort(-scores, kind="stable")[:batch]
-        self.mean_score, self.chosen_score = scores.mean(), scores[best].mean()
+        self.mean_score, self.chosen_score = float(scores.mean()), float(scores[best].mean())
         return positions[np.sort(best)]  # in the order of the stream
 
     def report(self):

@@ -11,15 +11,16 @@ stacks.
         for i < depth: the weights of layer depth + i become those of layer i
         depth = 2 depth
 
-Cost: an update costs what its depth costs (the probe's per-layer time and a constant), so a budget
-buys more updates; the copying itself is charged and small.
+Cost: an update costs what its depth costs, so a budget buys more updates; the copying itself is
+charged and small.
 The study found: the lowest pre-training losses of all methods at short budgets, for both models;
 the gap to the baseline is nearly closed at 24 hours, and downstream it is ahead at some budgets
 only.
-Where we differ from the release: growth happens between updates, never inside one.
-`--optimizer_state=reset` is the paper's (all moments start anew at a growth); the release
-configures it but keeps the old layers' moments and lets the new layers start without any, as `keep`
-does here; `copy` gives the new layers those of the layers they copy.
+Where we differ from the release: growth happens before an update's first pass, never between its
+micro-batches. `--optimizer_state`:
+    keep    the old layers' moments stay, the new ones start without any; what the release does
+    reset   all moments start anew; the paper's, which the release configures
+    copy    the new layers also get the moments of the layers that they copy
 """
 
 import copy
@@ -71,11 +72,11 @@ class Stacking(Method):
     @torch.no_grad()
     def grow(self):
         """Doubles the depth."""
-        state = self.combination.optimizer_in_use.state
+        state, depth = self.combination.optimizer_in_use.state, self.depth
         if self.config.options["optimizer_state"] == "reset":
             state.clear()
-        for index in range(self.depth):
-            old, new = self.model.layers[index], self.model.layers[self.depth + index]
+        for index in range(depth):
+            old, new = self.model.layers[index], self.model.layers[depth + index]
             for source, target in zip(old.parameters(), new.parameters()):
                 target.copy_(source)
                 if self.config.options["optimizer_state"] == "copy" and source in state:
