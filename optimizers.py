@@ -16,6 +16,14 @@ import functools
 import torch
 
 
+def parameters_by_part(model):
+    """[those outside the layers, those of layer 0, of layer 1, ...]: every parameter once."""
+    layers = [list(layer.parameters()) for layer in model.layers]
+    inside = {parameter for layer in layers for parameter in layer}
+    outside = [parameter for parameter in model.parameters() if parameter not in inside]
+    return [outside, *layers]
+
+
 def parameter_groups(model, weight_decay, without=()):
     """All parameters, once: of what is outside the layers and of each layer, the matrices with
     weight decay, and the norms, biases and scalars without. `without`: parameters to leave out.
@@ -23,11 +31,8 @@ def parameter_groups(model, weight_decay, without=()):
     A layer's parameters have groups of their own because layers come and go: a compiled update
     serves all.
     """
-    left_out, layers = set(without), [list(layer.parameters()) for layer in model.layers]
-    inside = {parameter for layer in layers for parameter in layer}
-    outside = [parameter for parameter in model.parameters() if parameter not in inside]
-    groups = []
-    for part in (outside, *layers):
+    left_out, groups = set(without), []
+    for part in parameters_by_part(model):
         part = [parameter for parameter in part if parameter not in left_out]
         matrices = [parameter for parameter in part if parameter.dim() >= 2]
         others = [parameter for parameter in part if parameter.dim() < 2]

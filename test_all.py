@@ -779,7 +779,9 @@ def test_an_update_is_charged_less_its_free_blocks(monkeypatch):
     with clock.charged():
         now[0] += 1
         with clock.free():
-            now[0] += 2
+            now[0] += 1.5
+            with clock.free():  # of a method's tool
+                now[0] += 0.5
         now[0] += 0.5
     assert (clock.charged_seconds, clock.free_seconds, clock.updates) == (1.5, 2.0, 1)
     with pytest.raises(KeyError), clock.charged():
@@ -1307,6 +1309,15 @@ def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, 
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_signal_in_the_last_update_finishes_the_run_and_stops_what_needed_it(project, corpus_folder, tmp_path):
+    add_methods(project, "kill")
+    flags = small_run(corpus_folder, tmp_path / "run", "--method=kill", "--budget_steps=3", "--kill_at=2",
+                      f"--signal_number={int(signal.SIGTERM)}")  # fmt: skip
+    result = command("train.py", *flags, project=project)
+    assert result.returncode == 128 + signal.SIGTERM and "charged" in result.stdout
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 # -- The methods of the study --------------------------------------------------------------------------------------
 
 
@@ -1630,6 +1641,12 @@ def losses_of(folder):
     return [record["loss"] for record in log_of(folder)[0]]
 
 
+def assert_two_processes_are_one(two, one):
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-3), "processes together do not what one does"
+    of_each = [(two / f"weights-of-process-{rank}.json").read_text() for rank in range(2)]
+    assert of_each[0] == of_each[1], "each process ended with weights of its own"
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_contract_declarations(name):
     """Options and defaults are real flags, and no hook is misspelt."""
@@ -1700,8 +1717,11 @@ def test_contract_turned_off_is_the_baseline(contract, name, model):
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-import model, train
+import rst, model, parallel, train
 train.ROOT = Path(sys.argv[1])
+clocks = []
+init = rst.Clock.__init__
+rst.Clock.__init__ = lambda self, *arguments: (init(self, *arguments), clocks.append(self))[0]
 flags_of_all, size = json.loads(Path(sys.argv[2]).read_text())
 for sizes in model.SIZES.values():
     sizes["tiny"] = size
@@ -1710,6 +1730,9 @@ for number, flags in enumerate(flags_of_all):
     if not number:
         train.start_processes(config)
     train.train(config, Path(config.out), resume=(Path(config.out) / "config.json").exists())
+    sums = rst.fingerprint(clocks[-1].weights)[1]
+    (Path(config.out) / f"weights-of-process-{parallel.process()}.json").write_text(json.dumps(sums))
+    parallel.wait_for_all()
 """
 
 
@@ -1735,8 +1758,7 @@ def runs_in_two_processes(contract, request, tmp_path_factory):
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
 def test_contract_two_processes_are_one(contract, runs_in_two_processes, name, model):
-    two, one = (losses_of(contract.root / f"{name}-{model}-{variant}") for variant in ("two", "plain"))
-    assert two == pytest.approx(one, rel=1e-3)
+    assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")))
 
 
 COMBINATIONS = {
@@ -1769,8 +1791,7 @@ def test_methods_combine_and_resume(contract, monkeypatch, tmp_path, model):
         assert_same_weights(plain, contract(name, model, "killed", *flags))
     in_two_processes(tmp_path, contract.root, [contract.flags_of(name, model, "two", "--threads=1", *flags) for name, flags in COMBINATIONS.items()])
     for name in COMBINATIONS:
-        two, one = (losses_of(contract.root / f"{name}-{model}-{variant}") for variant in ("two", "plain"))
-        assert two == pytest.approx(one, rel=1e-3), name
+        assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")))
 
 
 def test_methods_that_claim_one_hook_do_not_combine():

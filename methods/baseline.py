@@ -57,19 +57,21 @@ class Method:
         defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has
             those of "base" and over them its own; all of them go over the baseline's.
         models: the models that it is for.
-        turned_off: {model: {option: value}} that train what the baseline trains in as many updates,
-            bit for bit, where there are any.
+        turned_off: {model: {option: value}}, all set at once, that train what the baseline trains
+            in as many updates, bit for bit, where there are any.
     What it may use:
         self.model: its `layers` (T5: pairs of an encoder's and a decoder's), `present_layers`
             (those that it has now), `loss`, `token_losses` and `logits`;
-            `optimizers.parameter_groups` and `hidden_matrices` tell its parameters.
+            `optimizers.parameter_groups`, `parameters_by_part` and `hidden_matrices` tell its
+            parameters.
         self.corpus: `draw(count, stream)`, the next stream positions; `batch(positions, stream)`,
-            their rows; `uniform(...)`, random numbers, the same on all processes and after a
-            resume.
+            their rows; `uniform(*integers)`, a number in [0, 1) that is always the same for the
+            same integers (arrays of them give an array), so on all processes and after a resume.
+            For more chance, seed a torch.Generator with it.
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
             BERT in the columns "positions" (B, P).
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
-            one; `free()`, for work that is not charged.
+            one, skipped ones too; `free()`, for work that is not charged.
         self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
             `super().HOOK()` is the baseline's, of no other method: two that override one hook do
@@ -162,8 +164,10 @@ class Method:
         return self.model.loss(batch, layers)
 
     def before_step(self, gradient_norm):
-        """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change them. (In
-        fp16 it is not finite where one overflowed, and no step follows.)"""
+        """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change every
+        `parameter.grad` in place. They are fp32, summed over the processes, unscaled, and None for
+        what did not train. What is not the same on all processes ruins the run. (In fp16 the norm
+        is not finite where a gradient overflowed, and no step follows.)"""
         torch.nn.utils.clip_grads_with_norm_(
             self.model.parameters(), self.config.clip, gradient_norm
         )
@@ -182,7 +186,8 @@ class Method:
         """The weights were updated (in fp16: unless a gradient overflowed)."""
 
     def report(self):
-        """What should this update's line in the log say? {name: number}, of Python's own types."""
+        """What should this update's line in the log say? {name: number}, of Python's own types and
+        finite; of every update, skipped ones too."""
         return {}
 
     def state_dict(self):
