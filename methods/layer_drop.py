@@ -29,9 +29,8 @@ import torch
 from methods.baseline import Method, Option
 
 DRAWS = 0x1A7E5  # id of this random stream
-ROWS_PER_DRAW = {
-    "bert": 128
-}  # BERT draws anew for each of the study's micro-batches, T5 once an update
+# BERT draws anew for each of the study's micro-batches, T5 once an update.
+ROWS_PER_DRAW = {"bert": 128}
 
 
 class LayerDrop(Method):

@@ -34,9 +34,8 @@ class MaskSchedule(Method):
 
     def mask_share(self):
         """Share of a row's tokens that is predicted now."""
-        first, last, steps = (
-            self.config.options[name] for name in ("first_share", "last_share", "steps")
-        )
+        options = self.config.options
+        first, last, steps = options["first_share"], options["last_share"], options["steps"]
         step = min(steps - 1, int(self.clock.progress * steps))
         return first + (last - first) * step / (steps - 1)
 

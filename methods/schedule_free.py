@@ -38,9 +38,7 @@ def schedule_free_update(y, gradient, state, lr, scale, weight_decay, beta1, bet
     weight = state["lr_max"] ** 2
     state["weight_sum"] += weight
     c = (weight / state["weight_sum"]).nan_to_num()  # 0 while the rate is
-    y.add_(c * (z - y)).add_(
-        (beta1 * (1 - c) - 1) * step
-    )  # z moves below, so y takes its own share of that
+    y.add_(c * (z - y)).add_((beta1 * (1 - c) - 1) * step)  # its share of what z moves by, below
     z.sub_(step)
 
 

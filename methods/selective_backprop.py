@@ -32,10 +32,8 @@ def percentiles(losses, history):
     """The share of the history that lies at or below each loss, equal ones counted by their mean
     rank: (N,) in (0, 1]. The losses are part of the history."""
     history = np.sort(history)
-    below, up_to = (
-        np.searchsorted(history, losses, "left"),
-        np.searchsorted(history, losses, "right"),
-    )
+    below = np.searchsorted(history, losses, "left")
+    up_to = np.searchsorted(history, losses, "right")
     return (below + up_to + (up_to > below)) / (2 * len(history))
 
 
@@ -77,9 +75,8 @@ class SelectiveBackprop(Method):
             positions = self.corpus.draw(min(options["selection_batch"], batch))
             with self.extra_pass():
                 losses = self.row_losses(positions)
-            kept = max(
-                options["loss_history"], len(losses)
-            )  # a loss is always ranked among its group
+            # A loss is always ranked among its group.
+            kept = max(options["loss_history"], len(losses))
             self.history = np.concatenate([self.history, losses])[-kept:]
             probability = percentiles(losses, self.history) ** options["beta"]
             accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]
@@ -90,17 +87,12 @@ class SelectiveBackprop(Method):
         return chosen
 
     def report(self):
-        return {
-            "candidates": self.candidates,
-            "accepted": self.accepted,
-            "waiting": len(self.waiting),
-        }
+        drawn = {"candidates": self.candidates, "accepted": self.accepted}
+        return drawn | {"waiting": len(self.waiting)}
 
     def state_dict(self):
         return {"history": self.history.tolist(), "waiting": self.waiting.tolist()}
 
     def load_state_dict(self, state):
-        self.history, self.waiting = (
-            np.array(state["history"]),
-            np.array(state["waiting"], np.int64),
-        )
+        self.history = np.array(state["history"])
+        self.waiting = np.array(state["waiting"], np.int64)

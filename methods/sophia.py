@@ -140,10 +140,8 @@ class Sophia(Method):
         estimates = hessian_estimate(
             list(gradients.values()), self.label_tokens, self.config.options["hessian_clip"]
         )
-        state, threshold = (
-            self.combination.optimizer_in_use.state,
-            self.config.options["clip_threshold"],
-        )
+        state = self.combination.optimizer_in_use.state
+        threshold = self.config.options["clip_threshold"]
         won, weights = 0, 0
         for parameter, estimate in zip(gradients, estimates):
             if parameter not in state:  # not updated yet

@@ -32,9 +32,8 @@ class WSD(Method):
     turned_off = {"bert": dict(warm_up=0.5, cool_down=0.5, shape="linear")}
 
     def schedule(self, progress):
-        warm_up, cool_down, shape = (
-            self.config.options[name] for name in ("warm_up", "cool_down", "shape")
-        )
+        options = self.config.options
+        warm_up, cool_down, shape = options["warm_up"], options["cool_down"], options["shape"]
         if progress < warm_up:
             return progress / warm_up
         if progress < 1 - cool_down or not cool_down:
