@@ -5,7 +5,8 @@ A model here is a function of a batch (a dict of tensors that `data/corpus.py` m
     model.loss(batch)                    mean cross-entropy over all predicted tokens, a scalar
     model.loss(batch, per_example=True)  mean cross-entropy of each row, (B,)
     model.token_losses(batch)            cross-entropy of each predicted token, (B, P)
-    model.logits(batch)                  scores of the predicted positions only
+    model.logits(batch)                  scores of the predicted tokens, (B, P, V), in the precision of
+                                         autocast: `.float()` before a softmax
 
 A method that walks the layers itself finds the parts of `logits` as functions: BERT's `embed`, `layers`,
 `final_norm`, `predict`; T5's `embed_both`, `encoder_bias`, `layers`, `finish_encoder`, `decode`.

@@ -90,11 +90,11 @@ def weights_of(folder):
     return torch.load(Path(folder) / "model.pt", weights_only=True)["weights"]
 
 
-def assert_same_weights(one, other):
+def assert_same_weights(one, other, message="not the same bits"):
     one, other = weights_of(one), weights_of(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+    assert one.keys() == other.keys(), message
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, message
 
 
 def command(*arguments, project=ROOT, env={}, **options):
@@ -1641,8 +1641,22 @@ def losses_of(folder):
     return [record["loss"] for record in log_of(folder)[0]]
 
 
-def assert_two_processes_are_one(two, one):
-    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-3), "processes together do not what one does"
+def reports_of(folder, combination):
+    """{method, name and update: number} of all that methods reported."""
+    return {
+        (method, name, record["update"]): number
+        for record in log_of(folder)[0] for method in combination.split("+") for name, number in record.get(method, {}).items()
+    }  # fmt: skip
+
+
+def assert_alike(one, other, combination, message):
+    """Two runs' losses and reports within rounding."""
+    assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-3), f"{message}: loss"
+    assert reports_of(one, combination) == pytest.approx(reports_of(other, combination), rel=0.02), f"{message}: report"
+
+
+def assert_two_processes_are_one(two, one, combination):
+    assert_alike(two, one, combination, "two processes together do not what one does")
     of_each = [(two / f"weights-of-process-{rank}.json").read_text() for rank in range(2)]
     assert of_each[0] == of_each[1], "each process ended with weights of its own"
 
@@ -1690,16 +1704,25 @@ def test_contract_trains_and_resumes_bit_for_bit(contract, monkeypatch, name, mo
         with pytest.raises(Killed):
             contract(name, model, "killed")
     killed = contract(name, model, "killed")
-    assert_same_weights(plain, killed)
+    assert_same_weights(plain, killed, "a resumed run ends with other weights: is something missing from state_dict?")
     timing = {"charged_seconds", "free_seconds", "spent_seconds", "factor"}
     one, other = ([{key: value for key, value in record.items() if key not in timing} for record in log_of(folder)[0]] for folder in (plain, killed))
-    assert one == other
+    assert one == other, "a resumed run logs something else: is something missing from state_dict, or not reset?"
+
+
+@pytest.mark.parametrize("name, model", EVERY_METHOD)
+def test_contract_validation_is_the_models_own(contract, name, model):
+    """What result.json says, computed from what was saved."""
+    folder = contract(name, model)
+    result, saved = json.loads((folder / "result.json").read_text()), models.load(folder / "model.pt")
+    corpus = train.open_corpus(train.config_of(folder))
+    assert train.validate(saved, corpus, 8) == pytest.approx(result["validation_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
 def test_contract_micro_batch_and_free_passes_change_nothing(contract, name, model):
     plain, other = contract(name, model), contract(name, model, "micro_batch", "--micro_batch=3")
-    assert losses_of(other) == pytest.approx(losses_of(plain), rel=1e-3)
+    assert_alike(other, plain, name, "another micro-batch does something else")
     if "free_extra_passes" in methods.find(name).options:  # no weights may change in a free block: the clock looks
         free = contract(name, model, "free", "--free_extra_passes")
         assert_same_weights(plain, free)
@@ -1711,7 +1734,7 @@ def test_contract_turned_off_is_the_baseline(contract, name, model):
     values = methods.find(name).classes[name].turned_off[model]
     recipe = {flag: value for flag, value in methods.find("baseline").defaults(model, "tiny").items() if flag not in ("lr", "batch", "schedule")}
     off = contract(name, model, "off", *(f"--{flag}={value}" for flag, value in (recipe | values).items()))
-    assert_same_weights(contract("baseline", model), off)
+    assert_same_weights(contract("baseline", model), off, f"turned off, {name} is not the baseline")
 
 
 TWO_PROCESSES = """
@@ -1758,7 +1781,7 @@ def runs_in_two_processes(contract, request, tmp_path_factory):
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
 def test_contract_two_processes_are_one(contract, runs_in_two_processes, name, model):
-    assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")))
+    assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")), name)
 
 
 COMBINATIONS = {
@@ -1791,7 +1814,7 @@ def test_methods_combine_and_resume(contract, monkeypatch, tmp_path, model):
         assert_same_weights(plain, contract(name, model, "killed", *flags))
     in_two_processes(tmp_path, contract.root, [contract.flags_of(name, model, "two", "--threads=1", *flags) for name, flags in COMBINATIONS.items()])
     for name in COMBINATIONS:
-        assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")))
+        assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")), name)
 
 
 def test_methods_that_claim_one_hook_do_not_combine():

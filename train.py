@@ -169,7 +169,7 @@ def parse(arguments):
         close = difflib.get_close_matches(flag, known, n=1)
         if not flag.startswith("-"):
             raise UserError(f"{flag!r} is not a flag; flags are written --name=value")
-        raise UserError(f"unknown flag {flag}{f', did you mean {close[0]}?' if close else ';'} flags: {' '.join(known)}")
+        raise UserError(f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else f"; flags: {' '.join(known)}"))
     typed = vars(typed)
     resume = typed.pop("resume", None)
     if typed_options := {name: typed.pop(name) for name in list(typed) if name in options}:

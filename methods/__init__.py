@@ -68,7 +68,8 @@ class Combination:
             owners = [name for name, cls in classes.items() if getattr(cls, hook) is not default]
             if len(owners) > 1:
                 both = f"{' and '.join(owners)} both {what} ({hook})"
-                raise UserError(f"--method={self.name}: {both}; choose one of them")
+                choice = "choose one of them, or write one method that does both"
+                raise UserError(f"--method={self.name}: {both}; {choice}")
             self.owner[hook] = owners[0] if owners else None
         # The optimizer's comes last: its defaults win, and its after_step runs after the others'.
         order = sorted(classes, key=lambda name: name == self.owner["optimizer"])

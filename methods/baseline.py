@@ -31,7 +31,7 @@ class Option:
     """A flag of a method's own.
 
     Its default (a bool, int, float or string) decides what the flag takes: 1.0, not 1, for a number
-    that may be 0.5. Values are one of `choices`, or from `minimum` to `maximum`.
+    that may be 0.5. Values are one of `choices`, or from `minimum` to `maximum`, both included.
     """
 
     default: object
@@ -69,13 +69,15 @@ class Method:
             same integers (arrays of them give an array), so on all processes and after a resume.
             For more chance, seed a torch.Generator with it.
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
-            BERT in the columns "positions" (B, P).
+            BERT in the columns "positions" (B, P). In training no label is missing.
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
             one, skipped ones too; `free()`, for work that is not charged.
         self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
             `super().HOOK()` is the baseline's, of no other method: two that override one hook do
             not combine.
+        sum_over_processes(tensors), of `parallel`: in place. A process sees its own part of an
+            update's rows in `inputs` and `loss`, and all of them elsewhere.
         self.finished_models: what `prerequisites` asked for.
     """
 
@@ -160,7 +162,8 @@ class Method:
     def loss(self, batch, layers):
         """The mean loss of a micro-batch. It counts by its share of the update's rows, so every row
         of an update must have the same weight in it. (`groups`, `inputs` and `loss` are also called
-        before the run, to warm up; a method that counts in them sets to 0 in `begin_update`.)"""
+        before the first `begin_update`, to warm up; a method that counts in them starts from 0
+        there.)"""
         return self.model.loss(batch, layers)
 
     def before_step(self, gradient_norm):
@@ -187,7 +190,8 @@ class Method:
 
     def report(self):
         """What should this update's line in the log say? {name: number}, of Python's own types and
-        finite; of every update, skipped ones too."""
+        finite; of every update, those that fp16 skipped too, which call no `after_step`. What was
+        added up in `loss` is one process's: `sum_over_processes` first."""
         return {}
 
     def state_dict(self):
@@ -215,9 +219,9 @@ class Method:
         return self.clock.free() if is_free else contextlib.nullcontext()
 
     def row_losses(self, positions, model=None):
-        """The mean loss of each row, by the model's loss (not the hook) and as `inputs` makes it,
-        with all the layers that the model (or another one) has: a float64 array, the same on all
-        processes. All of them must call it."""
+        """The mean loss of each row, by the model's loss (not the hook `loss`) and as `inputs` makes
+        it, with all the layers that the model (or another one) has: a float64 array, the same on
+        all processes. All of them must call it."""
         model = model or self.model
         parts = micro_batches([(positions, None)], self.config.micro_batch)
         with torch.no_grad():
