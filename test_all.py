@@ -1652,7 +1652,7 @@ def reports_of(folder, combination):
 def assert_alike(one, other, combination, message):
     """Two runs' losses and reports within rounding."""
     assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-3), f"{message}: loss"
-    assert reports_of(one, combination) == pytest.approx(reports_of(other, combination), rel=0.02), f"{message}: report"
+    assert reports_of(one, combination) == pytest.approx(reports_of(other, combination), rel=1e-3, abs=1e-3), f"{message}: report"
 
 
 def assert_two_processes_are_one(two, one, combination):
