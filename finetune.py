@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import model as models
 import tasks
-from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer, one_at_a_time
+from data.prepare import SPECIAL_TOKENS, TOKENIZERS, SentencePieceTokenizer, corpus_folder, load_tokenizer
 from errors import Parser, UserError, exits_on_user_error
-from train import DTYPES, ROOT, SEEDS, check_device, explains_out_of_memory, git_commit, read_json, say, shown, write_json
+from runs import ROOT, git_commit, locked, read_record, relative_path, write_json
+from train import DTYPES, SEEDS, check_device, explains_out_of_memory, say
 
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
@@ -135,7 +136,7 @@ KINDS = {"bert": Classifier, "t5": Writer}
 
 def is_transformers(folder):
     """Whether a folder's config.json is one of transformers, not one of ours."""
-    return "model_type" in read_json(folder / "config.json")
+    return "model_type" in read_record(folder / "config.json")
 
 
 def load_run(folder, device, dropout, untrained, seed):
@@ -160,13 +161,13 @@ def tokenizer_of(folder):
     """The tokenizer that a run was trained with: from its folder, or from its corpus if that is still the same one."""
     if any((folder / kind.file_name).exists() for kind in TOKENIZERS.values()):
         return load_tokenizer(folder)
-    result = read_json(folder / "result.json")
+    result = read_record(folder / "result.json")
     config = result["config"]
     corpus = Path(config["data"])
     if not (corpus / "meta.json").exists():
         corpus = corpus_folder(config["data"], config["model"], config["vocabulary"])
-    if not (corpus / "meta.json").exists() or read_json(corpus / "meta.json")["checksum"] != result["corpus"]:
-        raise UserError(f"{folder} has no tokenizer in it, and {shown(corpus)} is not (or no longer) the corpus that it was trained on; prepare that one again")
+    if not (corpus / "meta.json").exists() or read_record(corpus / "meta.json")["checksum"] != result["corpus"]:
+        raise UserError(f"{folder} has no tokenizer in it, and {relative_path(corpus)} is not (or no longer) the corpus that it was trained on; prepare that one again")
     return load_tokenizer(corpus)
 
 
@@ -278,10 +279,10 @@ def identity_of(folder, options, recipe):
 def check_results(out, identity):
     """Refuses a folder that holds results of other weights, or of another recipe."""
     for path in sorted(out.glob("*-seed*.json")):
-        theirs = read_json(path).get("identity", {})
+        theirs = read_record(path).get("identity", {})
         for name, ours in identity.items():
             if theirs.get(name) != ours:
-                raise UserError(f"{shown(path)} is of another recipe or model: its {name} is {theirs.get(name)}, now it is {ours}; choose another folder with --out")
+                raise UserError(f"{relative_path(path)} is of another recipe or model: its {name} is {theirs.get(name)}, now it is {ours}; choose another folder with --out")
 
 
 def data_checksum(training, evaluated, suite, out, name, data_dir):
@@ -291,14 +292,14 @@ def data_checksum(training, evaluated, suite, out, name, data_dir):
     for row in itertools.chain(training if suite.SAME_ROWS else [], *evaluated.values()):
         found = zlib.crc32(repr((row.texts, row.label, row.group, row.references)).encode(), found)
     for path in sorted(out.glob(f"{name}-seed*.json")):
-        if read_json(path).get("data_checksum") != found:
-            raise UserError(f"{shown(path)} is of other data than {data_dir} has now, or from before results recorded it; choose another folder with --out")
+        if read_record(path).get("data_checksum") != found:
+            raise UserError(f"{relative_path(path)} is of other data than {data_dir} has now, or from before results recorded it; choose another folder with --out")
     return found
 
 
 def kind_of(folder):
     """"bert" or "t5": which model a finished run, or a folder of transformers, holds."""
-    config = read_json(folder / "config.json")
+    config = read_record(folder / "config.json")
     if config.get("model_type") == "t5":
         return "t5"
     kind = config.get("model")
@@ -357,7 +358,7 @@ def main(arguments=None):
     if kind == "bert" and recipe.max_length > model.config.max_length:
         raise UserError(f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} tokens")
     del model
-    say(f"{shown(folder)}{', untrained,' if options.untrained else ''} on {', '.join(chosen)} of {options.suite}; results in {shown(out)}")
+    say(f"{relative_path(folder)}{', untrained,' if options.untrained else ''} on {', '.join(chosen)} of {options.suite}; results in {relative_path(out)}")
     say(f"  recipe   lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup_share:g}, batch {recipe.batch}, {recipe.epochs} epochs, "
         f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, {recipe.dtype}, seeds {', '.join(map(str, seeds))}")  # fmt: skip
     try:
@@ -368,7 +369,7 @@ def main(arguments=None):
                 started, is_kept = time.perf_counter(), path.exists()
                 is_named = options.data_dir and data_dir.exists()  # then what is kept must be of it
                 if (not is_kept or is_named) and (data is None or not suite.SAME_ROWS):
-                    with one_at_a_time(data_dir):
+                    with locked(data_dir, wait=True):
                         training, evaluated = suite.load(name, data_dir, options.base_url or suite.URL, seed)
                     data = data_checksum(training, evaluated, suite, out, name, data_dir)
                 if is_kept:
@@ -384,7 +385,7 @@ def main(arguments=None):
                 last, seconds = epochs[-1]["scores"], time.perf_counter() - started
                 best = {metric: max(epoch["scores"][metric] for epoch in epochs) for metric in last}
                 write_json(path, {
-                    "task": name, "seed": seed, "run": shown(folder), "identity": identity, "data_checksum": data,
+                    "task": name, "seed": seed, "run": relative_path(folder), "identity": identity, "data_checksum": data,
                     "last": last, "best": best, "epochs": epochs, "training_rows": len(training), "evaluated_rows": sum(map(len, evaluated.values())),
                     "seconds": seconds, "finished": datetime.datetime.now().isoformat(timespec="seconds"), "commit": git_commit(),
                     "device": rst.device_name(device), "torch": torch.__version__,

@@ -23,8 +23,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from errors import UserError
+from runs import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -533,44 +532,17 @@ def save(model, path):
         "present_layers": model.present_layers,
         "weights": model.state_dict(),
     }
-    write_whole(stored, path)
+    write_tensors(path, stored)
 
 
 def load(path, device="cpu", **changes):
     """The model of a `model.pt`, in evaluation mode; `changes` replace fields of its configuration."""
-    stored = read_whole(path, device)
+    stored = read_tensors(path, ("model", "config", "present_layers", "weights"), device)
     model, config = MODELS[stored["model"]]
     model = model(config(**stored["config"] | changes)).to(device)
     model.load_state_dict(stored["weights"])
     model.present_layers = stored["present_layers"]
     return model.eval()
-
-
-def write_whole(stored, path):
-    """torch.save to a temporary file beside `path`, then renamed: the old file stands until the new one
-    is complete. Raises UserError if it cannot be written."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(stored, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        kept = "; the file that was there is untouched" if os.path.exists(path) else ""
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}{kept}. Is the disk full?") from None
-
-
-def read_whole(path, device="cpu"):
-    """torch.load of plain data only (`weights_only`); a damaged file is a UserError."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read, it is cut short or damaged ({str(error).splitlines()[0]})") from None
 
 
 # -- T5 in the folder format of transformers -----------------------------------------------------------------
@@ -653,7 +625,7 @@ def load_transformers(folder, device="cpu", **changes):
     if (folder / "model.safetensors").exists():
         weights = safetensors().load_file(folder / "model.safetensors")
     else:
-        weights = read_whole(folder / "pytorch_model.bin")
+        weights = read_tensors(folder / "pytorch_model.bin", ())
     names = transformers_names(range(config.n_layers))
     if stored.get("tie_word_embeddings", True):  # as transformers 5 writes it: one matrix is saved if both are the same
         weights.setdefault("lm_head.weight", weights.get("shared.weight"))

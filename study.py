@@ -16,6 +16,7 @@ import sys
 
 import train
 from errors import Parser, UserError, exits_on_user_error
+from runs import ROOT, read_record, relative_path
 
 AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed": "seeds"}
 
@@ -47,12 +48,12 @@ def plans(options, flags):
 def check_begun(folder, config):
     """Refuses a run that was begun with other settings than the study's where these decide what an hour buys: a precision, and where
     an hour is plain time (--reference=this) the device and its threads."""
-    begun_with = train.read_json(folder / "config.json")
+    begun_with = read_record(folder / "config.json")
     plain_time = {"device", "threads"} if config.reference == "this" else set()
     for name in sorted(train.DECIDES_WHAT_AN_HOUR_BUYS | plain_time):
         theirs, ours = begun_with.get(name), getattr(config, name)
         if str(theirs).partition(":")[0] != str(ours).partition(":")[0]:  # cuda:0 is a cuda
-            raise UserError(f"{train.shown(folder)} was begun with --{name}={theirs}, not {ours}; move it away to run it again, or keep to its flags")
+            raise UserError(f"{relative_path(folder)} was begun with --{name}={theirs}, not {ours}; move it away to run it again, or keep to its flags")
 
 
 @exits_on_user_error
@@ -81,15 +82,15 @@ def main(arguments=None):
         except UserError as error:  # a damaged folder in its place
             failed.append(f"{train.plan_name(config)} ({error})")
             continue
-        print(f"[{number} of {len(todo)}] {train.shown(folder)}: {state}", flush=True)
+        print(f"[{number} of {len(todo)}] {relative_path(folder)}: {state}", flush=True)
         if state != "finished" and not stopped:
             place = "resume" if state == "interrupted" else "out"
-            run = subprocess.Popen([*launch, train.shown(train.ROOT / "train.py"), *own, f"--{place}={train.shown(folder)}"])
+            run = subprocess.Popen([*launch, relative_path(ROOT / "train.py"), *own, f"--{place}={relative_path(folder)}"])
             if stopped:  # while it was starting
                 run.terminate()
             status, run = run.wait(), None
             if status and not stopped:
-                failed.append(f"{train.shown(folder)} (exit status {status})")
+                failed.append(f"{relative_path(folder)} (exit status {status})")
         if stopped:
             break
     if failed:

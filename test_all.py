@@ -52,6 +52,7 @@ from methods import baseline, layer_drop, lion, muon, rho, selective_backprop, s
 from methods.baseline import Method, Option, one_cycle
 from methods.schedule_free import new_state, schedule_free_update
 from optimizers import hidden_matrices, parameter_groups
+from runs import locked, read_record, read_tensors, write_tensors
 from tasks import glue, metrics, sni, superglue
 
 ROOT = Path(__file__).resolve().parent
@@ -445,7 +446,7 @@ def test_unigram_entropy(corpus_folder):
         (lambda folder: (folder / "train.bin").write_bytes(b"\1" * (folder / "train.bin").stat().st_size), "checksum"),
         (lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("bert", "t5")), "was changed"),
         (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "meta.json").write_text(json.dumps({"checksum": prepare.meta_checksum({})})), "another version"),
+        (lambda folder: (folder / "meta.json").write_text(json.dumps({"checksum": prepare.meta_checksum({})})), "there is no model in it"),
         (lambda folder: (folder / "meta.json").unlink(), "no corpus here"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or not"),
     ],
@@ -1215,7 +1216,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(corpus_folder, 
     with pytest.raises(SystemExit):
         train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=9", "--checkpoint_minutes=0.000001"))
     assert "gradient's norm inf in update 3" in capsys.readouterr().err
-    checkpoint = models.read_whole(tmp_path / "run" / "checkpoint.pt")
+    checkpoint = read_tensors(tmp_path / "run" / "checkpoint.pt", train.CHECKPOINT)
     assert checkpoint["clock"]["updates"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
@@ -1261,7 +1262,7 @@ def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
                 time.sleep(1 if is_main() else 0)
                 return function(*arguments)
             return wrapper
-        model.write_whole, train.warm_up = slowly(model.write_whole), slowly(train.warm_up)
+        train.write_tensors, train.warm_up = slowly(train.write_tensors), slowly(train.warm_up)
         train.main(sys.argv[1:])
         """)
     (tmp_path / "slow.py").write_text(script)
@@ -2332,16 +2333,53 @@ def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    models.write_whole({"x": torch.zeros(1000)}, path)
+    write_tensors(path, {"x": torch.zeros(1000)})
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk: writing fails half-way
     try:
         with pytest.raises(UserError, match="untouched. Is the disk full"):
-            models.write_whole({"x": torch.zeros(1_000_000)}, path)
+            write_tensors(path, {"x": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "model.pt"
+    stored = {"weights": torch.randn(1000)}
+    write_tensors(path, stored)
+    assert torch.equal(read_tensors(path, ["weights"])["weights"], stored["weights"])
+    whole = path.read_bytes()
+    place = whole.index(stored["weights"].numpy().tobytes()) + 1234
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"model.pt cannot be read.*checksum"):
+        read_tensors(path, ["weights"])
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="there is no optimizer in it"):
+        read_tensors(path, ["optimizer"])
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "is damaged"),
+    ("{", "is damaged"),
+    ("[1]", "a list, expected an object"),
+    ("[" * 100_000, "is damaged"),
+    ('{"n": 1}', "there is no loss in it"),
+    ('{"n": 1, "loss": "1"}', "loss is '1', expected float or null"),
+    ('{"n": 1, "loss": NaN}', "loss is nan, expected float or null"),
+    ('{"n": true, "loss": 1}', "n is True, expected int"),
+    ('{"n": 1.5, "loss": 1}', "n is 1.5, expected int"),
+    ("\xff", "is damaged"),
+])  # fmt: skip
+def test_one_reader_names_file_key_and_value(tmp_path, content, message):
+    path, expected = tmp_path / "record.json", {"n": int, "loss": (float, None)}
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"record.json.*{message}"):
+        read_record(path, expected)
+    for good in ('{"n": 1, "loss": 1, "other": []}', '{"n": -1, "loss": null}'):
+        path.write_text(good)
+        assert read_record(path, expected)["n"] in (1, -1)
 
 
 # -- Downstream --------------------------------------------------------------------------------------------------
@@ -2807,7 +2845,7 @@ def test_fine_tuning_waits_for_who_is_at_its_files(finished_runs, tmp_path, caps
     data, done = glue_files(tmp_path / "data"), []
     flags = [str(finished_runs["bert"]), "--suite=glue", "--task=rte", f"--data_dir={data}", f"--out={tmp_path / 'out'}", "--seeds=0", "--epochs=1", "--threads=2"]
     other = threading.Thread(target=lambda: done.append(finetune.main(flags)))
-    with prepare.one_at_a_time(data):
+    with locked(data, wait=True):
         other.start()
         for _ in range(600):
             if "waiting for another process" in capsys.readouterr().out:
@@ -2826,12 +2864,12 @@ def test_who_misses_the_same_files_waits(tmp_path, capsys):
 
     def second():
         inside.wait(10)
-        with prepare.one_at_a_time(tmp_path / "data"):
+        with locked(tmp_path / "data", wait=True):
             order.append("second")
 
     waiting = threading.Thread(target=second)
     waiting.start()
-    with prepare.one_at_a_time(tmp_path / "data"):
+    with locked(tmp_path / "data", wait=True):
         inside.set()
         waiting.join(0.5)
         assert waiting.is_alive()

@@ -55,8 +55,8 @@ from parallel import (
     sum_over_processes,
     wait_for_all,
 )
+from runs import ROOT, git_commit, locked, read_record, read_tensors, relative_path, write_json, write_tensors
 
-ROOT = Path(__file__).resolve().parent
 WEEK_HOURS = 7 * 24
 
 
@@ -118,6 +118,7 @@ ROW_LENGTH = {"bert": {"tiny": 128, "small": 128, "base": 128}, "t5": {"tiny": 1
 MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
 VALIDATION_ROWS = {"tiny": 1000, "small": 1000, "base": 10_000}
 STUDY_REFERENCE = {"bert": "rtx3090", "t5": "a100"}
+CHECKPOINT = ("config", "corpus", "model", "optimizer", "scaler", "method", "clock", "stream", "state")  # its parts
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_LEAST_ONE = ("vocabulary", "row_length", "validation_rows", "budget_steps", "batch", "micro_batch", "validations")
 ABOVE_ZERO = ("budget_hours", "clip", "checkpoint_minutes")
@@ -137,7 +138,7 @@ def parse(arguments):
         elif argument == "--method" and index + 1 < len(arguments):
             method = arguments[index + 1]
         elif argument.startswith("--resume=") and (Path(argument[9:]) / "config.json").exists():
-            method = read_json(Path(argument[9:]) / "config.json").get("method", method)
+            method = read_record(Path(argument[9:]) / "config.json").get("method", method)
     options = methods.find(method).options
     if taken := set(options) & {field.name for field in dataclasses.fields(Config)}:
         raise UserError(f"--method={method}: its option {taken.pop()} has the name of a common flag; rename it")
@@ -262,21 +263,6 @@ def identity(config):
 # -- Run folders -------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is this the folder of a run?") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: not JSON") from None
-
-
-def write_json(path, content):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def plan_name(config):
     """The default name of a run's folder: its plan, without what may change on resume."""
     budget = f"{config.budget_steps}steps" if config.budget_steps else f"{config.budget_hours:g}h-{Path(config.reference).stem}"
@@ -298,21 +284,15 @@ def new_folder(config):
     number, candidate = 1, folder
     while (candidate / "config.json").exists():
         if not (candidate / "result.json").exists() and is_main():
-            print(f"note: an unfinished run of this plan is in {shown(candidate)} (--resume={shown(candidate)} goes on with it)")
+            print(f"note: an unfinished run of this plan is in {relative_path(candidate)} (--resume={relative_path(candidate)} goes on with it)")
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
 
 
-def shown(path):
-    """A path as short as it can be said from here."""
-    path = os.path.relpath(path)
-    return path if not path.startswith("..") else os.path.abspath(path)
-
-
 def config_of(folder, typed=None):
     """The configuration of a run that exists, with the flags that may change on resume replaced."""
-    stored = read_json(Path(folder) / "config.json")
+    stored = read_record(Path(folder) / "config.json")
     try:
         config = Config(**stored)
     except TypeError as error:
@@ -322,14 +302,6 @@ def config_of(folder, typed=None):
         if name not in {"options", *MAY_CHANGE_ON_RESUME} and started_with.get(name) != value:
             raise UserError(f"--{name}={value}: this run was started with {started_with.get(name)}, which decides its result; start a new run")
     return dataclasses.replace(config, **{name: value for name, value in (typed or {}).items() if name in MAY_CHANGE_ON_RESUME})
-
-
-def git_commit():
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-        return commit.stdout.strip() or None
-    except OSError:
-        return None
 
 
 # -- Processes -----------------------------------------------------------------------------------------------
@@ -347,21 +319,12 @@ def locked_log(folder, resume):
     if not is_main():
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
     is_new = not (folder / "log.jsonl").exists()
-    with open(folder / "log.jsonl", "a") as log:
-        try:
-            import fcntl
-
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{shown(folder)}: another process is at work on this run") from None
-        except (ImportError, OSError):
-            pass  # this system, or this file system, has no such locks
+    with locked(folder, wait=False), open(folder / "log.jsonl", "a") as log:
         if (folder / "result.json").exists():
-            raise UserError(f"{shown(folder)}: this run is finished")
+            raise UserError(f"{relative_path(folder)}: this run is finished")
         if not resume and (folder / "config.json").exists():
-            raise UserError(f"{shown(folder)}: another run was started here meanwhile; run the same command again")
+            raise UserError(f"{relative_path(folder)}: another run was started here meanwhile; run the same command again")
         try:
             yield log
         finally:
@@ -476,7 +439,7 @@ def print_plan(config, folder):
         say("  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items()))
     say(f"  device   {rst.device_name(config.device)}, {processes()} process(es), {config.dtype}, micro-batch {config.micro_batch}"
         + (", compiled" if config.compile else ""))  # fmt: skip
-    say(f"  folder   {shown(folder)}")
+    say(f"  folder   {relative_path(folder)}")
 
 
 def train(config, folder, resume=False):
@@ -489,8 +452,8 @@ def train(config, folder, resume=False):
     for name, prerequisite in combination.prerequisites(config).items():
         finished = finish(name, prerequisite)
         finished_models[name] = configure(models.load(finished / "model.pt", config.device), config)
-        costs = read_json(finished / "result.json")
-        finished_runs[name] = {"folder": shown(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
+        costs = read_record(finished / "result.json")
+        finished_runs[name] = {"folder": relative_path(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
     with locked_log(folder, resume) as log, explains_out_of_memory(f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"):
         return run(config, folder, resume, log, combination, finished_models, finished_runs)
 
@@ -563,7 +526,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 "stream": corpus.state_dict(),
                 "state": vars(state) | {"wall_seconds": wall_seconds},
             }
-            models.write_whole(stored, folder / "checkpoint.pt")
+            write_tensors(folder / "checkpoint.pt", stored)
         wait_for_all()  # or the others would be charged their waiting, in the next update
 
     stop, stop_signal, checkpoint_due = StopSignal(), 0, time.perf_counter() + 60 * config.checkpoint_minutes
@@ -634,7 +597,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
             if stop_signal and clock.progress < 1:
                 bar.close()
-                say(f"stopped after update {clock.updates}; go on with: python train.py --resume={shown(folder)}")
+                say(f"stopped after update {clock.updates}; go on with: python train.py --resume={relative_path(folder)}")
                 raise SystemExit(128 + int(stop_signal))
             clock.probe_when_due()
         # ---------------------------------------------------------------------------------------
@@ -682,7 +645,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     stalls = f" ({clock.stalls} stalls: {clock.stall_seconds:.3g} s)" if clock.stalls else ""
     say(
         f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free {clock.free_seconds:.4g} s, "
-        f"wall {state.wall_seconds:.0f} s; in {shown(folder)}"
+        f"wall {state.wall_seconds:.0f} s; in {relative_path(folder)}"
     )
     if result["layers"] < len(model.layers):
         say(
@@ -707,7 +670,7 @@ def refuse_not_finite(loss, gradient_norm, clock, config, folder):
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
         raise UserError(
             f"the loss is {loss} and its gradient's norm {gradient_norm} in update {clock.updates + 1}; lower --lr "
-            f"(it is {config.lr:g}) or --clip. What was saved before is in {shown(folder)}"
+            f"(it is {config.lr:g}) or --clip. What was saved before is in {relative_path(folder)}"
         )
 
 
@@ -746,8 +709,8 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
     if not path.exists():
         say("  resumed from the start: the run was stopped before its first checkpoint")
         return
-    stored = models.read_whole(path, config.device)
-    theirs, ours = stored.get("config", {}), identity(config)
+    stored = read_tensors(path, CHECKPOINT, config.device)
+    theirs, ours = stored["config"], identity(config)
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:
         name = different[0]
@@ -773,7 +736,7 @@ def holds_run(folder, config):
     if identity(config_of(folder)) != identity(config):
         return False
     result = folder / "result.json"
-    return not result.exists() or read_json(result).get("corpus") == open_corpus(config).meta["checksum"]
+    return not result.exists() or read_record(result).get("corpus") == open_corpus(config).meta["checksum"]
 
 
 def find_run(config):
@@ -790,9 +753,9 @@ def finish(name, config):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
     folder, state = find_run(config)
     if state == "finished":
-        say(f"{name}: reusing {shown(folder)}")
+        say(f"{name}: reusing {relative_path(folder)}")
         return folder
-    say(f"{name}: {'resuming' if state == 'interrupted' else 'training'} {shown(folder)} first; it is not charged to the run that needs it")
+    say(f"{name}: {'resuming' if state == 'interrupted' else 'training'} {relative_path(folder)} first; it is not charged to the run that needs it")
     try:
         train(config, folder, resume=state == "interrupted")
     except SystemExit:

@@ -10,7 +10,6 @@ holdout (a share of the other rows, by a hash that no seed touches, kept from ev
 training (the rest).
 """
 
-import json
 import math
 import mmap
 import zlib
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
+from runs import read_record
 
 from .prepare import CHECKSUM_BYTES, SENTINELS, SEPARATOR, SPECIAL_TOKENS, load_tokenizer, meta_checksum
 
@@ -30,7 +30,17 @@ MEAN_SPAN = 3.0  # tokens, of T5's span corruption
 
 TRAINING_STREAM, SECOND_STREAM = 0, 1  # of the same rows, each in an order of its own; the second for passes that train nothing
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
-META_KEYS = {"model", "vocabulary_size", "separator", "first_sentinel", "train", "val", "tokenizer", "tokenizer_checksum"}
+META = {
+    "checksum": str,
+    "model": str,
+    "vocabulary_size": int,
+    "separator": int,
+    "first_sentinel": (int, None),
+    "train": dict,
+    "val": dict,
+    "tokenizer": str,
+    "tokenizer_checksum": int,
+}
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
 
 
@@ -327,16 +337,11 @@ def gather_rows(tokens, indices, row_length):
 def load_meta(folder):
     """meta.json, verified against its own checksum."""
     path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no corpus here (no meta.json); make it with python data/prepare.py") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged; prepare the corpus again") from None
-    if not isinstance(meta, dict) or meta.get("checksum") != meta_checksum(meta):
+    if not path.exists():
+        raise UserError(f"{folder}: no corpus here (no meta.json); make it with python data/prepare.py")
+    meta = read_record(path, META)
+    if meta["checksum"] != meta_checksum(meta):
         raise UserError(f"{path} was changed after it was written; prepare the corpus again")
-    if not META_KEYS <= meta.keys():
-        raise UserError(f"{path} is of another version of this project (no {min(META_KEYS - meta.keys())} in it); prepare the corpus again")
     tokenizer = folder / meta["tokenizer"]
     if not tokenizer.exists() or zlib.crc32(tokenizer.read_bytes()) != meta["tokenizer_checksum"]:
         raise UserError(f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus again")

@@ -19,7 +19,6 @@ import argparse
 import ast
 import base64
 import collections
-import contextlib
 import functools
 import glob
 import gzip
@@ -55,6 +54,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from errors import Parser, UserError, exits_on_user_error  # noqa: E402
+from runs import locked  # noqa: E402
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
@@ -390,31 +390,6 @@ def check_gzip(path):
             pass
 
 
-@contextlib.contextmanager
-def one_at_a_time(folder):
-    """Other processes that come here with the same folder wait, so that what they all miss is downloaded once. (Where the system or
-    the file system has no such locks they do not.)"""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process at work on {folder}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(handle)
-
-
 def download(url, path, check=check_gzip):
     """Fetches `url` into `path`; goes on where a broken download stopped; the whole is checked.
 
@@ -615,7 +590,7 @@ def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base
             raise UserError(f"--shards={shards}: C4 has shards 1 to {C4_SHARDS}")
         downloads = folder.parent / "downloads"
         names = [f"c4-train.{index:05d}-of-{C4_SHARDS:05d}.json.gz" for index in range(shards)]
-        with one_at_a_time(downloads):
+        with locked(downloads, wait=True):
             for file in names:
                 download(f"{base_url}/{file}", downloads / file)
         source = {"files": base_url, "shards": shards}

@@ -1,0 +1,156 @@
+"""Files of the project: written whole, read with checks, and kept from two processes at once.
+
+    write_json, write_tensors    the old file stands until the new one is complete
+    read_record, read_tensors    what is missing, damaged or of another kind is named with its file
+    locked                       one process at a time in a folder
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import subprocess
+import zipfile
+from pathlib import Path
+
+from errors import UserError
+
+ROOT = Path(__file__).resolve().parent
+
+
+def relative_path(path):
+    """A path as short as it can be said from here."""
+    path = os.path.relpath(path)
+    return path if not path.startswith("..") else os.path.abspath(path)
+
+
+def git_commit():
+    """The commit that this code is, or None."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    except OSError:
+        return None
+
+
+# -- Writing ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A binary file beside `path`, which replaces it when the block ends. Whatever happens in it
+    leaves the old file, or the new one, never half of one."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        kept = "; the file that was there is untouched" if os.path.exists(path) else ""
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}{kept}. Is the disk full?") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def write_json(path, record):
+    with written_whole(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def write_tensors(path, stored):
+    """torch.save, whole. (The zip file that it writes has a checksum for each member.)"""
+    import torch  # here, because the processes that encode a corpus do without it
+
+    with written_whole(path) as file:
+        torch.save(stored, file)
+
+
+# -- Reading ---------------------------------------------------------------------------------------
+
+
+def read_record(path, expected=None):
+    """The JSON object in a file; `expected` are keys that it must have, {key: type}, or {key: a
+    tuple of types}. A float may be written as a whole number, and is finite. Raises UserError with
+    the file, the key, and what was found."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error or 'not JSON'}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged: a {type(record).__name__}, expected an object")
+    for key, kinds in (expected or {}).items():
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if key not in record:
+            raise UserError(f"{path}: there is no {key} in it")
+        if not any(is_a(record[key], kind) for kind in kinds):
+            names = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
+            raise UserError(f"{path}: {key} is {record[key]!r}, expected {names}")
+    return record
+
+
+def is_a(value, kind):
+    """Whether a value of JSON is of a type of Python's; None is the type of null."""
+    if kind is None or value is None:
+        return value is kind
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def read_tensors(path, expected, device="cpu"):
+    """What `write_tensors` wrote: a dictionary that has the keys `expected`. All checksums are
+    verified, and nothing but plain data is loaded (`weights_only`)."""
+    import torch
+
+    try:
+        if zipfile.is_zipfile(path):  # other programs' files may be torch's older kind, without them
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"the checksum of {damaged} differs")
+        stored = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is damaged, or holds more than plain data") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read, it is cut short or damaged ({reason})") from None
+    missing = [key for key in expected if not isinstance(stored, dict) or key not in stored]
+    if missing:
+        raise UserError(f"{path}: there is no {missing[0]} in it; is it of another program?")
+    return stored
+
+
+# -- Locks -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder, wait):
+    """Keeps other processes that lock the same folder out of this block: they wait, or are refused.
+    (Where the system or the file system has no such locks they are not.)"""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                place = relative_path(folder)
+                if not wait:
+                    raise UserError(f"{place}: another process is at work on this run") from None
+                print(f"waiting for another process at work on {place}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
