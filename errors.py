@@ -1,4 +1,5 @@
-"""How the project's commands speak of a user's mistake: one message, no traceback, exit status 2."""
+"""How the project's commands speak of a user's mistake: one message, no traceback, exit status
+2."""
 
 import argparse
 import errno
@@ -7,26 +8,40 @@ import os
 import sys
 
 # What the file system says when a path is wrong, closed to us, taken, or on a full disk.
-OF_THE_FILE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+OF_THE_FILE_SYSTEM = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message says what was wrong, with what value, and what to do."""
+    """Something that the user can mend. The message says what was wrong, with what value, and what
+    to do."""
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are UserErrors; it shows a docstring as it is written."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
 
     def error(self, message):
         raise UserError(f"{message}; --help lists what there is")
 
 
 def exits_on_user_error(main):
-    """Decorate a command's `main`: a UserError, a full disk, a wrong path, Ctrl-C or an output that nobody reads any more becomes a
-    message on stderr and a non-zero exit."""
+    """Decorate a command's `main`: a UserError, a full disk, a wrong path, Ctrl-C or an output that
+    nobody reads any more becomes a message on stderr and a non-zero exit."""
 
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
@@ -40,8 +55,11 @@ def exits_on_user_error(main):
             try:
                 print(flush=True)
             except BrokenPipeError:  # it is our own output's, not some other pipe's
-                print("ended: nobody reads the output any more (as after `| head`)", file=sys.stderr)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+                print(
+                    "ended: nobody reads the output any more (as after `| head`)", file=sys.stderr
+                )
+                # What is left to flush goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
             raise
         except OSError as error:

@@ -3,9 +3,9 @@
     python rst.py                     this machine's probe times and its factor for every reference
     python rst.py --save=mine.json    makes this machine a reference: train.py --reference=mine.json
 
-Kaddour et al. 2023 (section 4) charge a run, wherever it runs, the seconds that its iterations took on one
-reference machine, looked up in a table of recorded step times. Here the exchange rate is measured: a
-probe, one Transformer layer at the paper's shapes, is timed on this machine, and
+Kaddour et al. 2023 (section 4) charge a run, wherever it runs, the seconds that its iterations took
+on one reference machine, looked up in a table of recorded step times. Here the exchange rate is
+measured: a probe, one Transformer layer at the paper's shapes, is timed on this machine, and
 
     factor = probe seconds on the reference / probe seconds here,    RST = seconds here x factor.
 
@@ -24,10 +24,11 @@ import statistics
 import time
 from dataclasses import dataclass
 
-# How long a thread of GNU OpenMP polls for the next operation before it sleeps; read when torch is loaded.
-# By default it polls for milliseconds, and on a machine with other work the core that it holds is missing
-# where its own operation runs. Beside a busy process on two cores an update took 0.31 s that takes 0.22 to
-# 0.27 s with 4000 to 10000, and single probes varied by 63% instead of 3 to 8%.
+# How long a thread of GNU OpenMP polls for the next operation before it sleeps; read when torch is
+# loaded. By default it polls for milliseconds, and on a machine with other work the core that it
+# holds is missing where its own operation runs. Beside a busy process on two cores an update took
+# 0.31 s that takes 0.22 to 0.27 s with 4000 to 10000, and single probes varied by 63% instead of 3
+# to 8%.
 os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 import torch
@@ -37,23 +38,28 @@ from errors import Parser, UserError, exits_on_user_error
 from parallel import gather, max_over_processes
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
-# autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the paper's
-# release, bert/rst/saved_rsts.py. Entry 7 is a slip of its decimal point (0.1052) and is not used.
-RTX3090_BERT = [0.02521, 0.03837, 0.05177, 0.06508, 0.07847, 0.09188, 0.01052, 0.1186, 0.1319, 0.1454, 0.1589, 0.1722, 0.1857, 0.1988, 0.2120, 0.2253]  # fmt: skip
-# Seconds per update of 144 rows (512 and 114 tokens) on one A100 80 GB (CUDA 11.8, PyTorch 2.0, TF32,
-# compiled), with 1 to 12 layers a stack: the release's t5/t5/utils/train.py.
+# autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the
+# paper's release, bert/rst/saved_rsts.py. Entry 7 is a slip of its decimal point (0.1052) and is
+# not used.
+RTX3090_BERT = [
+    0.02521, 0.03837, 0.05177, 0.06508, 0.07847, 0.09188, 0.01052, 0.1186, 0.1319, 0.1454, 0.1589,
+    0.1722, 0.1857, 0.1988, 0.2120, 0.2253,
+]  # fmt: skip
+# Seconds per update of 144 rows (512 and 114 tokens) on one A100 80 GB (CUDA 11.8, PyTorch 2.0,
+# TF32, compiled), with 1 to 12 layers a stack: the release's t5/t5/utils/train.py.
 A100_T5 = [0.129, 0.209, 0.291, 0.373, 0.455, 0.538, 0.619, 0.703, 0.783, 0.865, 0.947, 1.031]
 
 
 def seconds_per_layer(table):
-    """Slope of the line from the shallowest to the deepest entry of a table of 1, 2, ... layers. The
-    recorded times are linear in depth: every other entry lies on that line within 1.5%."""
+    """Slope of the line from the shallowest to the deepest entry of a table of 1, 2, ... layers.
+    The recorded times are linear in depth: every other entry lies on that line within 1.5%."""
     return (table[-1] - table[0]) / (len(table) - 1)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A machine that budgets are counted on: what one full probe takes there, and how that is known."""
+    """A machine that budgets are counted on: what one full probe takes there, and how that is
+    known."""
 
     name: str
     probe_seconds: dict  # by probe: {"bert": seconds, "t5": seconds}, one of them at least
@@ -62,10 +68,16 @@ class Reference:
 
 REFERENCES = {
     "rtx3090": Reference(
-        "rtx3090", {"bert": seconds_per_layer(RTX3090_BERT)}, "seconds per layer, from the release's recorded step times"
+        "rtx3090",
+        {"bert": seconds_per_layer(RTX3090_BERT)},
+        "seconds per layer, from the release's recorded step times",
     ),
     # The table is per 144 rows, the probe has 72.
-    "a100": Reference("a100", {"t5": seconds_per_layer(A100_T5) / 2}, "seconds per layer pair, from the release's recorded step times"),
+    "a100": Reference(
+        "a100",
+        {"t5": seconds_per_layer(A100_T5) / 2},
+        "seconds per layer pair, from the release's recorded step times",
+    ),
     "this": Reference("this", {}, "plain time on this machine with all its processes, factor 1"),
 }
 
@@ -77,16 +89,22 @@ def find_reference(name):
     try:
         with open(name) as file:
             reference = Reference(**json.load(file))
-        if not reference.probe_seconds or any(not seconds > 0 for seconds in reference.probe_seconds.values()):
+        if not reference.probe_seconds or any(
+            not seconds > 0 for seconds in reference.probe_seconds.values()
+        ):
             raise ValueError("no probe times in it")
         return reference
     except FileNotFoundError:
-        raise UserError(f"--reference={name}: neither one of {', '.join(REFERENCES)} nor a file") from None
+        raise UserError(
+            f"--reference={name}: neither one of {', '.join(REFERENCES)} nor a file"
+        ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--reference={name}: not a file of `python rst.py --save` ({error})") from None
+        raise UserError(
+            f"--reference={name}: not a file of `python rst.py --save` ({error})"
+        ) from None
 
 
-# -- The probes: frozen, so that a factor means the same for ever ---------------------------------------
+# -- The probes: frozen, so that a factor means the same for ever ----------------------------------
 
 WIDTH, HEADS = 768, 12
 
@@ -110,7 +128,9 @@ def bert_layer(x, weights):
 def t5_layer_pair(inputs, weights):
     """One encoder layer on (B, 512, 768) and one decoder layer on (B, 114, 768), as T5 v1.1's."""
     x, y = inputs
-    qkv, out, w_in, w_out, qkv2, out2, cross_q, cross_kv, cross_out, w_in2, w_out2, bias, bias2 = weights
+    qkv, out, w_in, w_out, qkv2, out2, cross_q, cross_kv, cross_out, w_in2, w_out2, bias, bias2 = (
+        weights
+    )
 
     def feed_forward(x, w_in, w_out):
         g, a = F.linear(F.rms_norm(x, (WIDTH,)), w_in).chunk(2, dim=-1)
@@ -126,20 +146,22 @@ def t5_layer_pair(inputs, weights):
 
 
 # A full probe has `rows` rows. A CPU times one of them and multiplies: short, because under load an
-# operation that is spread over the cores waits for the slowest of them, the more often the shorter it is,
-# and the probe should suffer as a training step does (bench.py load).
+# operation that is spread over the cores waits for the slowest of them, the more often the shorter
+# it is, and the probe should suffer as a training step does (bench.py load).
 PROBES = {
     "bert": dict(rows=128, shapes=[(2304, 768), (768, 768), (3072, 768), (768, 1536)]),
     "t5": dict(
         rows=72,
-        shapes=[(2304, 768), (768, 768), (4096, 768), (768, 2048), (2304, 768), (768, 768), (768, 768), (1536, 768), (768, 768)]
+        shapes=[(2304, 768), (768, 768), (4096, 768), (768, 2048)]
+        + [(2304, 768), (768, 768), (768, 768), (1536, 768), (768, 768)]
         + [(4096, 768), (768, 2048)],
     ),
 }  # fmt: skip
 
 
 class Probe:
-    """One Transformer layer, forward and backward with weight gradients, eager, in a given dtype."""
+    """One Transformer layer, forward and backward with weight gradients, eager, in a given
+    dtype."""
 
     def __init__(self, name, device, dtype):
         self.name, self.device, self.dtype = name, torch.device(device), dtype
@@ -150,15 +172,22 @@ class Probe:
         def normal(*shape, std):  # of ordinary size everywhere, so that no value is denormal
             return (torch.randn(shape, generator=generator) * std).to(self.device)
 
-        self.weights = [normal(*shape, std=0.02).requires_grad_() for shape in PROBES[name]["shapes"]]
+        self.weights = [
+            normal(*shape, std=0.02).requires_grad_() for shape in PROBES[name]["shapes"]
+        ]
         if name == "bert":
             self.inputs = normal(self.rows, 128, WIDTH, std=1.0).requires_grad_()
             self.gradient = normal(self.rows, 128, WIDTH, std=1.0)
         else:
-            self.inputs = [normal(self.rows, length, WIDTH, std=1.0).requires_grad_() for length in (512, 114)]
+            self.inputs = [
+                normal(self.rows, length, WIDTH, std=1.0).requires_grad_() for length in (512, 114)
+            ]
             self.gradient = normal(self.rows, 114, WIDTH, std=1.0)
             future = torch.full((114, 114), float("-inf"), device=self.device).triu(1)
-            self.bias = [normal(1, HEADS, 512, 512, std=0.1), normal(1, HEADS, 114, 114, std=0.1) + future]
+            self.bias = [
+                normal(1, HEADS, 512, 512, std=0.1),
+                normal(1, HEADS, 114, 114, std=0.1) + future,
+            ]
 
     def seconds(self):
         """Times one pass; returns the seconds that a full probe takes at this pace."""
@@ -169,21 +198,27 @@ class Probe:
             if self.name == "bert":
                 output, leaves = bert_layer(self.inputs, self.weights), [self.inputs, *self.weights]
             else:
-                output, leaves = t5_layer_pair(self.inputs, self.weights + self.bias), [*self.inputs, *self.weights]
+                output, leaves = (
+                    t5_layer_pair(self.inputs, self.weights + self.bias),
+                    [*self.inputs, *self.weights],
+                )
         torch.autograd.grad(output, leaves, self.gradient.to(output.dtype))
         synchronise(self.device)
         return (time.perf_counter() - start) * self.full_rows / self.rows
 
 
 def prepare_machine(threads=0):
-    """What every program that trains or times does first, so that the probe runs as training does. `threads` of the CPU; 0: torch's choice."""
+    """What every program that trains or times does first, so that the probe runs as training does.
+    `threads` of the CPU; 0: torch's choice."""
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
-    # T5's first softmax gradients are full of numbers below 1e-38, which double the time of its backward pass on a
-    # CPU: they are zero. Before the first parallel operation, so that all threads know.
+    # T5's first softmax gradients are full of numbers below 1e-38, which double the time of its
+    # backward pass on a CPU: they are zero. Before the first parallel operation, so that all
+    # threads know.
     torch.set_flush_denormal(True)
-    # glibc keeps freed memory for the next step: giving it back and faulting it in again costs a CPU step 10 to 20%.
+    # glibc keeps freed memory for the next step: giving it back and faulting it in again costs a
+    # CPU step 10 to 20%.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
@@ -197,8 +232,8 @@ def synchronise(device):
 
 
 def fastest_dtype(device):
-    """The dtype that this machine trains fastest in: a lower precision counts when it multiplies matrices
-    1.3 times as fast as fp32 (GPUs, CPUs with bf16 units), so that noise cannot decide."""
+    """The dtype that this machine trains fastest in: a lower precision counts when it multiplies
+    matrices 1.3 times as fast as fp32 (GPUs, CPUs with bf16 units), so that noise cannot decide."""
     candidates = [torch.float32, torch.bfloat16]
     if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         candidates = [torch.float32, torch.float16]  # before Ampere bf16 is emulated
@@ -219,7 +254,7 @@ def fastest_dtype(device):
     return candidates[1] if full > 1.3 * low else candidates[0]
 
 
-# -- The clock ---------------------------------------------------------------------------------------------
+# -- The clock -------------------------------------------------------------------------------------
 
 PROBE_SHARE = 0.01  # of the time goes into probing
 PROBE_MEMORY_SECONDS = 60.0  # a change of load is forgotten after a minute ...
@@ -230,28 +265,36 @@ STALL = 10.0  # times the usual time: an update that takes longer is counted and
 class Clock:
     """Charges a run in reference seconds, and says how much of the budget is spent.
 
-    An update is charged everything between the start and the end of `charged()`, on the slowest process,
-    less its `free()` blocks, times the factor. The factor is that of the probes of the last minute (of the
-    last four, where they are rarer), without the fastest and the slowest; before the run eight are taken.
+    An update is charged everything between the start and the end of `charged()`, on the slowest
+    process, less its `free()` blocks, times the factor. The factor is that of the probes of the
+    last minute (of the last four, where they are rarer), without the fastest and the slowest;
+    before the run eight are taken.
 
         On the reference a probe takes 0.20 s. Here the last ones took 0.24, 0.25, 0.26 and 0.90 s:
         without 0.24 and 0.90 the mean is 0.255 s, so the factor is 0.20 / 0.255 = 0.78.
         An update that takes 1.5 s here, 0.2 s of them free, is charged (1.5 - 0.2) x 0.78 = 1.02 s.
-        With two processes at that factor it is 0.78 + 0.78 = 1.57: the update is the work of two machines,
-        and the slower one's 1.3 s are charged as 1.3 x 1.57 = 2.04 s.
+        With two processes at that factor it is 0.78 + 0.78 = 1.57: the update is the work of two
+        machines, and the slower one's 1.3 s are charged as 1.3 x 1.57 = 2.04 s.
 
     Args:
         reference: a `Reference`.
         model: "bert" or "t5": which probe is timed, where the reference has both.
         device: where the probe runs.
         budget_seconds: the budget in reference seconds; or
-        budget_updates: the budget in updates (then `progress` counts updates, and time is only reported).
+        budget_updates: the budget in updates (then `progress` counts updates, and time is only
+            reported).
         reprobe: whether the probe is timed again during the run.
     """
 
-    def __init__(self, reference, model, device, budget_seconds=None, budget_updates=None, reprobe=True):
+    def __init__(
+        self, reference, model, device, budget_seconds=None, budget_updates=None, reprobe=True
+    ):
         self.reference, self.device = reference, torch.device(device)
-        self.budget_seconds, self.budget_updates, self.reprobe = budget_seconds, budget_updates, reprobe
+        self.budget_seconds, self.budget_updates, self.reprobe = (
+            budget_seconds,
+            budget_updates,
+            reprobe,
+        )
         self.updates, self.spent_seconds, self.free_seconds = 0, 0.0, 0.0
         self.stalls, self.stall_seconds = 0, 0.0
         self.last_seconds = collections.deque(maxlen=50)  # of the last updates, here: what is usual
@@ -261,7 +304,9 @@ class Clock:
         self.probe, self.probes, self.seconds_since_probe = None, collections.deque(), 0.0
         self.factor, self.factor_history = 1.0, []  # [spent seconds, factor]
         if reference.probe_seconds:
-            name = model if model in reference.probe_seconds else next(iter(reference.probe_seconds))
+            name = (
+                model if model in reference.probe_seconds else next(iter(reference.probe_seconds))
+            )
             self.probe = Probe(name, device, fastest_dtype(device))
             self.probe.seconds()  # warm-up
             self.measure(2 * LEAST_PROBES)
@@ -322,19 +367,26 @@ class Clock:
 
     @contextlib.contextmanager
     def free(self):
-        """A block of work that is reported but not charged. Weights may not change in it: checked."""
+        """A block of work that is reported but not charged. Weights may not change in it:
+        checked."""
         synchronise(self.device)
         start, earlier = time.perf_counter(), self.free_block_seconds
         before = fingerprint(self.weights)
         yield
-        changed = fingerprint(self.weights) != before  # waits for the device; the checking is free, too
-        self.free_block_seconds = earlier + time.perf_counter() - start  # a block inside this one counts once
+        # Waits for the device; the checking is free, too.
+        changed = fingerprint(self.weights) != before
+        # A block inside this one counts once.
+        self.free_block_seconds = earlier + time.perf_counter() - start
         if changed:
-            raise RuntimeError("weights changed inside clock.free(): free work may not train the model")
+            raise RuntimeError(
+                "weights changed inside clock.free(): free work may not train the model"
+            )
 
     def state_dict(self):
         names = ("updates", "spent_seconds", "free_seconds", "stalls", "stall_seconds")
-        return {name: getattr(self, name) for name in (*names, "seconds_since_probe", "factor_history")}
+        return {
+            name: getattr(self, name) for name in (*names, "seconds_since_probe", "factor_history")
+        }
 
     def load_state_dict(self, state):
         # The factor is this session's: the run may have moved to another machine.
@@ -350,7 +402,7 @@ def fingerprint(tensors):
     return [tensor._version for tensor in tensors], torch.stack(sums).tolist() if sums else []
 
 
-# -- The command ---------------------------------------------------------------------------------------------
+# -- The command -----------------------------------------------------------------------------------
 
 
 def device_name(device):
@@ -359,27 +411,43 @@ def device_name(device):
     name = f"{platform.machine()} CPU"
     with contextlib.suppress(OSError, StopIteration):  # Linux says it better
         with open("/proc/cpuinfo") as file:
-            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            name = next(
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            )
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 @exits_on_user_error
 def main(arguments=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--save", metavar="FILE", help="write this machine's probe times as a reference")
-    parser.add_argument("--reference", metavar="FILE", help="also print the factor for this reference")
-    parser.add_argument("--repeats", type=int, default=10, help="how often each probe is timed (10)")
+    parser.add_argument(
+        "--save", metavar="FILE", help="write this machine's probe times as a reference"
+    )
+    parser.add_argument(
+        "--reference", metavar="FILE", help="also print the factor for this reference"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="how often each probe is timed (10)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.threads < 0:
-        raise UserError(f"--repeats={options.repeats} --threads={options.threads}: repeats are at least 1, threads at least 0")
+        raise UserError(
+            f"--repeats={options.repeats} --threads={options.threads}: repeats are at least 1, "
+            "threads at least 0"
+        )
     prepare_machine(options.threads)
-    references = {name: reference for name, reference in REFERENCES.items() if reference.probe_seconds}
+    references = {
+        name: reference for name, reference in REFERENCES.items() if reference.probe_seconds
+    }
     if options.reference:
         references[options.reference] = find_reference(options.reference)
     dtype = fastest_dtype(options.device)
-    print(f"{device_name(options.device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
+    print(
+        f"{device_name(options.device)}, torch {torch.__version__}, "
+        f"{str(dtype).removeprefix('torch.')}"
+    )
     measured = {}
     for name in PROBES:
         probe = Probe(name, options.device, dtype)
@@ -387,15 +455,23 @@ def main(arguments=None):
         times = [probe.seconds() for _ in range(options.repeats)]
         measured[name] = statistics.mean(times)
         print(
-            f"{name} probe ({probe.rows} of {probe.full_rows} rows timed): {measured[name]:.4g} s full, "
+            f"{name} probe ({probe.rows} of {probe.full_rows} rows timed): {measured[name]:.4g} s "
+            "full, "
             f"from {min(times):.4g} to {max(times):.4g} over {len(times)} repeats"
         )
         for reference in references.values():
             if name in reference.probe_seconds:
                 factor = reference.probe_seconds[name] / measured[name]
-                print(f"  {reference.name}: factor {factor:.5g}; one {reference.name} hour is {1 / factor:.4g} hours here")
+                print(
+                    f"  {reference.name}: factor {factor:.5g}; one {reference.name} hour is "
+                    f"{1 / factor:.4g} hours here"
+                )
     if options.save:
-        reference = Reference(options.save, measured, f"{device_name(options.device)}, torch {torch.__version__}, {dtype}")
+        reference = Reference(
+            options.save,
+            measured,
+            f"{device_name(options.device)}, torch {torch.__version__}, {dtype}",
+        )
         with open(options.save, "w") as file:
             json.dump(dataclasses.asdict(reference), file, indent=1)
         print(f"saved: train.py --reference={options.save}")

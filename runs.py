@@ -3,6 +3,8 @@
     write_json, write_tensors    the old file stands until the new one is complete
     read_record, read_tensors    what is missing, damaged or of another kind is named with its file
     locked                       one process at a time in a folder
+
+A run, a corpus and a reference are files; these are the only ways to write and read them.
 """
 
 import contextlib
@@ -113,7 +115,8 @@ def read_tensors(path, expected, device="cpu"):
     import torch
 
     try:
-        if zipfile.is_zipfile(path):  # other programs' files may be torch's older kind, without them
+        # Other programs' files may be torch's older kind, without them.
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise ValueError(f"the checksum of {damaged} differs")

@@ -1,5 +1,5 @@
-"""The tests: every part against an independent reference or an invariant. Fixed seeds, kills at fixed
-points, nothing that depends on the machine's speed."""
+"""The tests: every part against an independent reference or an invariant. Fixed seeds, kills at
+fixed points, nothing that depends on the machine's speed."""
 
 import collections
 import copy
@@ -30,6 +30,8 @@ from types import SimpleNamespace
 
 import rst  # sets GOMP_SPINCOUNT, so it must precede torch
 
+# isort: split
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,7 @@ import torch.nn.functional as F
 import finetune
 import methods
 import model as models
+import optimizers
 import parallel
 import report
 import tasks
@@ -47,8 +50,18 @@ from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND_STREAM, Corpus, hash_of, permute
 from errors import UserError
-import optimizers
-from methods import baseline, layer_drop, lion, muon, rho, selective_backprop, sophia, token_dropping, token_rho, wsd
+from methods import (
+    baseline,
+    layer_drop,
+    lion,
+    muon,
+    rho,
+    selective_backprop,
+    sophia,
+    token_dropping,
+    token_rho,
+    wsd,
+)
 from methods.baseline import Method, Option, one_cycle
 from methods.schedule_free import new_state, schedule_free_update
 from optimizers import hidden_matrices, parameter_groups
@@ -63,7 +76,9 @@ torch.set_num_threads(2)
 def words_text(seed, count):
     """`count` words of a small invented language: enough to learn something from."""
     generator = random.Random(seed)
-    vocabulary = ["".join(generator.choices("abcdefghij", k=generator.randint(2, 6))) for _ in range(200)]
+    vocabulary = [
+        "".join(generator.choices("abcdefghij", k=generator.randint(2, 6))) for _ in range(200)
+    ]
     return " ".join(generator.choices(vocabulary, [1 / rank for rank in range(1, 201)], k=count))
 
 
@@ -71,15 +86,27 @@ def words_text(seed, count):
 def corpus_folder(tmp_path_factory):
     """400 documents of 60 to 300 words, prepared with a vocabulary of 512."""
     folder = tmp_path_factory.mktemp("text")
-    lines = [json.dumps({"text": words_text(seed, 60 + 240 * (seed % 7) // 6)}) for seed in range(400)]
+    lines = [
+        json.dumps({"text": words_text(seed, 60 + 240 * (seed % 7) // 6)}) for seed in range(400)
+    ]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     return prepare.prepare("invented", folder / "text.jsonl", 512, folder=folder / "bert-512")
 
 
 def small_run(corpus_folder, out, *flags):
     """The flags of a run that takes a second."""
-    return [f"--data={corpus_folder}", "--vocabulary=512", f"--out={out}", "--size=tiny", "--row_length=32", "--batch=6", "--device=cpu",
-            "--validation_rows=20", "--threads=2", *flags]  # fmt: skip
+    return [
+        f"--data={corpus_folder}",
+        "--vocabulary=512",
+        f"--out={out}",
+        "--size=tiny",
+        "--row_length=32",
+        "--batch=6",
+        "--device=cpu",
+        "--validation_rows=20",
+        "--threads=2",
+        *flags,
+    ]
 
 
 def log_of(folder):
@@ -98,21 +125,32 @@ def assert_same_weights(one, other, message="not the same bits"):
     assert not different, message
 
 
-def command(*arguments, project=ROOT, env={}, **options):
+def command(*arguments, project=ROOT, env=None, **options):
     """Runs one of the project's commands in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"} | env
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=project, env=environment, capture_output=True, text=True, timeout=300, **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= env or {}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 
 
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project, for tests that add a method file to it."""
     copy = tmp_path / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "bert-*"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "bert-*")
+    )
     return copy
 
 
-# -- Data -------------------------------------------------------------------------------------------------
+# -- Data ------------------------------------------------------------------------------------------
 
 
 def slow_bpe(word_counts, size):
@@ -142,15 +180,28 @@ def slow_bpe(word_counts, size):
 
 
 def test_bpe_training_equals_its_definition():
-    counts = dict(collections.Counter(words_text(1, 3000).split()) | {"aaaaaaa": 50, "ababab": 31, "é": 3})
+    counts = dict(
+        collections.Counter(words_text(1, 3000).split()) | {"aaaaaaa": 50, "ababab": 31, "é": 3}
+    )
     assert prepare.train_bpe(counts, 400) == slow_bpe(counts, 400)
 
 
 @pytest.mark.parametrize("uncased", [True, False])
 def test_tokenizer_gives_the_normalised_text_back(corpus_folder, uncased):
     tokenizer = prepare.BPETokenizer(prepare.load_tokenizer(corpus_folder).vocabulary, uncased)
-    texts = ["Plain text.", "  two  spaces \n\n and\tlines ", "Éléphant naïve Ångström", "[MASK] [SEP] <|x|>", "``quoted'' 'words'",
-             "日本語 🙂 \u200d", "x" * 10_000, "\ud800 lone", "", "a_b 12345 ---- //", "İSTANBUL ß ﬁ"]  # fmt: skip
+    texts = [
+        "Plain text.",
+        "  two  spaces \n\n and\tlines ",
+        "Éléphant naïve Ångström",
+        "[MASK] [SEP] <|x|>",
+        "``quoted'' 'words'",
+        "日本語 🙂 \u200d",
+        "x" * 10_000,
+        "\ud800 lone",
+        "",
+        "a_b 12345 ---- //",
+        "İSTANBUL ß ﬁ",
+    ]
     for text in texts:
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == prepare.normalise(text, uncased)
@@ -161,7 +212,10 @@ def test_tokenizer_gives_the_normalised_text_back(corpus_folder, uncased):
 
 def test_all_file_kinds_hold_the_same_documents(tmp_path):
     texts = [words_text(seed, 50) for seed in range(30)]
-    contents = {"a.txt": "\n\n".join(texts) + "\n", "b.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts)}
+    contents = {
+        "a.txt": "\n\n".join(texts) + "\n",
+        "b.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts),
+    }
     contents["c.json"] = contents["b.jsonl"]
     found = {}
     for name, content in contents.items():
@@ -169,7 +223,9 @@ def test_all_file_kinds_hold_the_same_documents(tmp_path):
         with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
             file.write(content)
     for path in prepare.local_files(str(tmp_path)):
-        found[path.name] = [text.strip() for block in prepare.file_blocks(path) for text in prepare.documents(block)]
+        found[path.name] = [
+            text.strip() for block in prepare.file_blocks(path) for text in prepare.documents(block)
+        ]
     assert len(found) == 6 and all(documents == texts for documents in found.values())
     assert prepare.local_files(str(tmp_path / "*.gz")) == sorted(tmp_path.glob("*.gz"))
 
@@ -184,7 +240,9 @@ def test_blocks_are_small_and_lose_nothing(tmp_path, monkeypatch):
 
 
 def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
-    again = prepare.prepare("invented", corpus_folder.parent / "text.jsonl", 512, folder=tmp_path / "again")
+    again = prepare.prepare(
+        "invented", corpus_folder.parent / "text.jsonl", 512, folder=tmp_path / "again"
+    )
     for name in ("train.bin", "val.bin", "tokenizer.json"):
         assert (again / name).read_bytes() == (corpus_folder / name).read_bytes()
     tokenizer = prepare.load_tokenizer(corpus_folder)
@@ -192,10 +250,21 @@ def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
     for part in ("train", "val"):
         tokens = np.fromfile(corpus_folder / f"{part}.bin", np.uint16)
         ends = np.flatnonzero(tokens == prepare.SEPARATOR)
-        stored += [tokenizer.decode(document.tolist()[: -1 if part else None]) for document in np.split(tokens, ends + 1) if len(document)]
-    texts = [json.loads(line)["text"] for line in (corpus_folder.parent / "text.jsonl").read_text().splitlines()]
+        stored += [
+            tokenizer.decode(document.tolist()[: -1 if part else None])
+            for document in np.split(tokens, ends + 1)
+            if len(document)
+        ]
+    texts = [
+        json.loads(line)["text"]
+        for line in (corpus_folder.parent / "text.jsonl").read_text().splitlines()
+    ]
     assert sorted(stored) == sorted(texts)
-    assert 0 < len(np.fromfile(corpus_folder / "val.bin", np.uint16)) < 0.06 * len(np.fromfile(corpus_folder / "train.bin", np.uint16))
+    assert (
+        0
+        < len(np.fromfile(corpus_folder / "val.bin", np.uint16))
+        < 0.06 * len(np.fromfile(corpus_folder / "train.bin", np.uint16))
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +275,11 @@ def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
         ("a.jsonl", b'{"text": "fine"}\n[1]\n', "line 2: expected a JSON object"),
         ("a.json", b'{"text": 3}\n', "line 1: expected"),
         ("a.txt", b"", "no text"),
-        ("a.txt.gz", gzip.compress(bytes(random.Random(0).choices(b"abc ", k=100_000)))[:9000], "cut short or damaged"),
+        (
+            "a.txt.gz",
+            gzip.compress(bytes(random.Random(0).choices(b"abc ", k=100_000)))[:9000],
+            "cut short or damaged",
+        ),
         ("a.txt.gz", b"not gzip at all", "not gzip"),
         ("a.pdf", b"x", "unknown kind"),
         ("a.txt", None, "no file found"),
@@ -225,7 +298,10 @@ def test_a_preparation_that_fails_leaves_the_corpus_that_was_there(corpus_folder
     (tmp_path / "bad.txt").write_bytes(b"fine fine\n\xff")
     with pytest.raises(UserError, match="line 2: not UTF-8"):
         prepare.prepare("invented", tmp_path / "bad.txt", 512, folder=copy)
-    assert Corpus(copy).rows == Corpus(corpus_folder).rows and sorted(tmp_path.iterdir()) == [tmp_path / "bad.txt", copy]
+    assert Corpus(copy).rows == Corpus(corpus_folder).rows and sorted(tmp_path.iterdir()) == [
+        tmp_path / "bad.txt",
+        copy,
+    ]
 
 
 class BrokenServer(http.server.SimpleHTTPRequestHandler):
@@ -256,7 +332,9 @@ class BrokenServer(http.server.SimpleHTTPRequestHandler):
 def serve(folder):
     """A BrokenServer of a folder, on a free port of this machine."""
     handler = type("Handler", (BrokenServer,), {"broken": set()})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=folder))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *a: handler(*a, directory=folder)
+    )
     server.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
@@ -269,11 +347,15 @@ def test_c4_download_goes_on_after_a_break(tmp_path, monkeypatch):
     for shard in range(2):
         with gzip.open(served / f"c4-train.{shard:05d}-of-01024.json.gz", "wt") as file:
             for seed in range(200):
-                file.write(json.dumps({"text": words_text(1000 * shard + seed, 50), "url": "x"}) + "\n")
+                file.write(
+                    json.dumps({"text": words_text(1000 * shard + seed, 50), "url": "x"}) + "\n"
+                )
     server = serve(served)
     try:
         url = f"http://127.0.0.1:{server.server_port}"
-        folder = prepare.prepare("c4", None, 300, shards=2, base_url=url, folder=tmp_path / "c4" / "bert-300")
+        folder = prepare.prepare(
+            "c4", None, 300, shards=2, base_url=url, folder=tmp_path / "c4" / "bert-300"
+        )
         starts = [first for _, first in server.requests]
         assert len(starts) == 4 and starts[0] == starts[2] == 0 and starts[1] > 0 and starts[3] > 0
         for path in served.iterdir():
@@ -313,7 +395,10 @@ def test_the_three_parts_are_disjoint_and_fixed(corpus_folder):
             rows = corpus.row_indices(np.arange(corpus.rows), stream)
             assert len(set(rows.tolist())) == corpus.rows  # an epoch is every row once
             assert set(rows.tolist()) == parts.setdefault(train_on, set(rows.tolist()))
-        assert set(corpus.row_indices(np.arange(corpus.rows, 2 * corpus.rows)).tolist()) == parts[train_on]
+        assert (
+            set(corpus.row_indices(np.arange(corpus.rows, 2 * corpus.rows)).tolist())
+            == parts[train_on]
+        )
     assert not parts["training"] & parts["holdout"]
     assert parts["training"] | parts["holdout"] == set(range(corpus.all_rows))
     assert len(parts["holdout"]) == int(0.2 * corpus.all_rows)
@@ -328,10 +413,21 @@ def test_a_batch_is_a_pure_function_of_its_positions(corpus_folder):
         part = corpus.batch(np.arange(first, last))
         for name in whole:
             assert torch.equal(whole[name][first - 50 : last - 50], part[name])
-    assert not torch.equal(Corpus(corpus_folder, seed=4).batch(np.arange(50, 90))["tokens"], whole["tokens"])
-    assert not torch.equal(corpus.batch(np.arange(50, 90), SECOND_STREAM)["tokens"], whole["tokens"])
-    one, other = (list(Corpus(corpus_folder, seed, validation_rows=20).validation_batches(8)) for seed in (1, 2))
-    assert sum(len(batch["labels"]) for batch in one) == Corpus(corpus_folder, validation_rows=20).validation_rows >= 10
+    assert not torch.equal(
+        Corpus(corpus_folder, seed=4).batch(np.arange(50, 90))["tokens"], whole["tokens"]
+    )
+    assert not torch.equal(
+        corpus.batch(np.arange(50, 90), SECOND_STREAM)["tokens"], whole["tokens"]
+    )
+    one, other = (
+        list(Corpus(corpus_folder, seed, validation_rows=20).validation_batches(8))
+        for seed in (1, 2)
+    )
+    assert (
+        sum(len(batch["labels"]) for batch in one)
+        == Corpus(corpus_folder, validation_rows=20).validation_rows
+        >= 10
+    )
     assert all(torch.equal(a[name], b[name]) for a, b in zip(one, other) for name in a)
 
 
@@ -339,7 +435,11 @@ def test_corruption_counts_and_shares(corpus_folder):
     corpus = Corpus(corpus_folder)
     positions = np.arange(4 * corpus.rows)
     batch = corpus.batch(positions)
-    raw = torch.from_numpy(corpus.train_tokens[: corpus.all_rows * 128].reshape(-1, 128)[corpus.row_indices(positions)].astype(np.int64))
+    raw = torch.from_numpy(
+        corpus.train_tokens[: corpus.all_rows * 128]
+        .reshape(-1, 128)[corpus.row_indices(positions)]
+        .astype(np.int64)
+    )
     assert batch["positions"].shape == (len(positions), 19)
     assert (batch["positions"].diff(dim=1) > 0).all()  # 19 different columns
     assert torch.equal(batch["labels"], raw.gather(1, batch["positions"]))
@@ -347,10 +447,15 @@ def test_corruption_counts_and_shares(corpus_folder):
     unchosen = torch.ones_like(raw, dtype=torch.bool).scatter(1, batch["positions"], False)
     assert torch.equal(batch["tokens"][unchosen], raw[unchosen])
     seen, count = batch["tokens"].gather(1, batch["positions"]), batch["labels"].numel()
-    masked, kept = (seen == MASK).float().mean().item(), (seen == batch["labels"]).float().mean().item()
+    masked, kept = (
+        (seen == MASK).float().mean().item(),
+        (seen == batch["labels"]).float().mean().item(),
+    )
     margin = 4 / math.sqrt(count)  # eight standard deviations of a share are below this
     assert abs(masked - 0.8) < margin and abs(kept - 0.1) < margin
-    chosen_per_column = torch.zeros(128).scatter_add(0, batch["positions"].flatten(), torch.ones(count)) / len(positions)
+    chosen_per_column = torch.zeros(128).scatter_add(
+        0, batch["positions"].flatten(), torch.ones(count)
+    ) / len(positions)
     assert abs(chosen_per_column - 19 / 128).max() < 5 * math.sqrt(0.15 / len(positions)) + 0.01
 
 
@@ -358,18 +463,36 @@ def test_corruption_counts_and_shares(corpus_folder):
 def t5_folder(corpus_folder, tmp_path_factory):
     """The same documents for T5: 384 pieces, 512 ids."""
     folder = tmp_path_factory.mktemp("t5") / "t5-512"
-    return prepare.prepare("invented", corpus_folder.parent / "text.jsonl", 512, folder=folder, model="t5")
+    return prepare.prepare(
+        "invented", corpus_folder.parent / "text.jsonl", 512, folder=folder, model="t5"
+    )
 
 
 def test_t5_tokens(t5_folder, corpus_folder, tmp_path):
-    tokenizer, meta = prepare.load_tokenizer(t5_folder), json.loads((t5_folder / "meta.json").read_text())
+    tokenizer, meta = (
+        prepare.load_tokenizer(t5_folder),
+        json.loads((t5_folder / "meta.json").read_text()),
+    )
     assert tokenizer.size == 512 and meta["first_sentinel"] == 384 + 99 and meta["separator"] == 1
     tokens = np.fromfile(t5_folder / "train.bin", np.uint16)
-    documents = [tokenizer.decode(document.tolist()) for document in np.split(tokens, np.flatnonzero(tokens == 1) + 1) if len(document)]
-    texts = [json.loads(line)["text"] for line in (corpus_folder.parent / "text.jsonl").read_text().splitlines()]
+    documents = [
+        tokenizer.decode(document.tolist())
+        for document in np.split(tokens, np.flatnonzero(tokens == 1) + 1)
+        if len(document)
+    ]
+    texts = [
+        json.loads(line)["text"]
+        for line in (corpus_folder.parent / "text.jsonl").read_text().splitlines()
+    ]
     assert set(documents) <= set(texts) and len(documents) == meta["train"]["documents"] > 300
     assert tokens.max() < 384
-    again = prepare.prepare("again", corpus_folder.parent / "text.jsonl", folder=tmp_path / "again", model="t5", tokenizer=t5_folder / "tokenizer.model")
+    again = prepare.prepare(
+        "again",
+        corpus_folder.parent / "text.jsonl",
+        folder=tmp_path / "again",
+        model="t5",
+        tokenizer=t5_folder / "tokenizer.model",
+    )
     assert (again / "train.bin").read_bytes() == (t5_folder / "train.bin").read_bytes()
     for options, message in (
         (dict(model="t5", vocabulary_size=1000), "multiple of 128"),
@@ -379,24 +502,48 @@ def test_t5_tokens(t5_folder, corpus_folder, tmp_path):
         (dict(tokenizer="x"), "--model=t5"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare.prepare("bad", corpus_folder.parent / "text.jsonl", folder=tmp_path / "bad", **options)
+            prepare.prepare(
+                "bad", corpus_folder.parent / "text.jsonl", folder=tmp_path / "bad", **options
+            )
 
 
-@pytest.mark.parametrize("row_length, expected", [(512, (568, 85, 28, 512, 114)), (128, (141, 21, 7, 128, 29)), (32, None), (100, None)])
+@pytest.mark.parametrize(
+    "row_length, expected",
+    [(512, (568, 85, 28, 512, 114)), (128, (141, 21, 7, 128, 29)), (32, None), (100, None)],
+)
 def test_span_corruption(row_length, expected):
     meta = {"first_sentinel": 31_999 + 100, "separator": 1}
     corrupt = corpora.SpanCorruption(row_length, meta)
-    shape = (corrupt.raw_length, corrupt.noise, corrupt.spans, corrupt.read_length, corrupt.predicted_per_row)
+    shape = (
+        corrupt.raw_length,
+        corrupt.noise,
+        corrupt.spans,
+        corrupt.read_length,
+        corrupt.predicted_per_row,
+    )
     assert shape == expected or expected is None
     assert row_length - 1 <= corrupt.read_length <= row_length
     rows = 10_000 if row_length == 128 else 200
-    raw = torch.randint(2, 32_000, (rows, corrupt.raw_length), generator=torch.Generator().manual_seed(0))
+    raw = torch.randint(
+        2, 32_000, (rows, corrupt.raw_length), generator=torch.Generator().manual_seed(0)
+    )
     batch = corrupt(raw, torch.arange(rows), 5)
-    assert batch["tokens"].shape == (rows, corrupt.read_length) and batch["labels"].shape == (rows, corrupt.predicted_per_row)
+    assert batch["tokens"].shape == (rows, corrupt.read_length) and batch["labels"].shape == (
+        rows,
+        corrupt.predicted_per_row,
+    )
     lengths = collections.Counter()
     for row, read, labels in zip(raw.tolist(), batch["tokens"].tolist(), batch["labels"].tolist()):
-        assert read[-1] == labels[-1] == 1 and labels[0] == 32_099 and read[-2] >= 32_000 and read[0] < 32_000
-        assert [token for token in read if token >= 32_000] == list(range(32_099, 32_099 - corrupt.spans, -1))  # they descend
+        assert (
+            read[-1] == labels[-1] == 1
+            and labels[0] == 32_099
+            and read[-2] >= 32_000
+            and read[0] < 32_000
+        )
+        # They descend.
+        assert [token for token in read if token >= 32_000] == list(
+            range(32_099, 32_099 - corrupt.spans, -1)
+        )
         spans, current = {}, None
         for token in labels[:-1]:
             if token >= 32_000:
@@ -405,19 +552,31 @@ def test_span_corruption(row_length, expected):
                 spans[current].append(token)
         assert list(spans) == list(range(32_099, 32_099 - corrupt.spans, -1))
         assert sum(map(len, spans.values())) == corrupt.noise and all(spans.values())
-        assert [part for token in read[:-1] for part in spans.get(token, [token])] == row  # nothing is lost
+        assert [
+            part for token in read[:-1] for part in spans.get(token, [token])
+        ] == row  # nothing is lost
         lengths.update(map(len, spans.values()))
     if row_length == 128:
-        # The same distribution as the literal random segmentation: a shuffled row of segment starts.
+        # The same distribution as the literal random segmentation: a shuffled row of segment
+        # starts.
         generator, literal = np.random.default_rng(0), collections.Counter()
         for _ in range(rows):
-            starts = np.concatenate([[1], generator.permutation(np.arange(corrupt.noise - 1) < corrupt.spans - 1)])
+            starts = np.concatenate(
+                [[1], generator.permutation(np.arange(corrupt.noise - 1) < corrupt.spans - 1)]
+            )
             literal.update(np.bincount(np.cumsum(starts) - 1).tolist())
         seen = sorted(length for length in literal if literal[length] > 50)
-        observed = [[counter[length] for length in seen[:-1]] + [sum(counter[length] for length in counter if length >= seen[-1])] for counter in (lengths, literal)]
+        observed = [
+            [counter[length] for length in seen[:-1]]
+            + [sum(counter[length] for length in counter if length >= seen[-1])]
+            for counter in (lengths, literal)
+        ]
         statistic = sum((a - b) ** 2 / (a + b) for a, b in zip(*observed))
         degrees = len(seen) - 1
-        print(f"span lengths of {rows} rows against the literal segmentation: chi-square {statistic:.1f}, {degrees} degrees of freedom")
+        print(
+            f"span lengths of {rows} rows against the literal segmentation: chi-square "
+            f"{statistic:.1f}, {degrees} degrees of freedom"
+        )
         assert statistic < degrees + 4 * math.sqrt(2 * degrees), (statistic, degrees)
     part = corrupt(raw[7:9], torch.arange(7, 9), 5)
     assert all(torch.equal(part[name], batch[name][7:9]) for name in batch)
@@ -426,29 +585,57 @@ def test_span_corruption(row_length, expected):
 
 def test_t5_unigram_entropy(t5_folder):
     corpus = Corpus(t5_folder, row_length=32, validation_rows=40)
-    rows = torch.from_numpy(corpora.gather_rows(corpus.val_tokens, np.arange(corpus.validation_rows), corpus.raw_length))
-    labels = torch.cat([corpus.objective(rows, torch.arange(len(rows)), key)["labels"] for key in range(200)])
+    rows = torch.from_numpy(
+        corpora.gather_rows(corpus.val_tokens, np.arange(corpus.validation_rows), corpus.raw_length)
+    )
+    labels = torch.cat(
+        [corpus.objective(rows, torch.arange(len(rows)), key)["labels"] for key in range(200)]
+    )
     shares = torch.bincount(labels.flatten()).double() / labels.numel()
-    assert corpus.unigram_entropy() == pytest.approx(-(shares * shares.log()).nansum().item(), abs=0.1)
+    assert corpus.unigram_entropy() == pytest.approx(
+        -(shares * shares.log()).nansum().item(), abs=0.1
+    )
 
 
 def test_unigram_entropy(corpus_folder):
     corpus = Corpus(corpus_folder, validation_rows=5)
-    counts = collections.Counter(token for token in corpus.val_tokens[: 5 * 128].tolist() if token != prepare.SEPARATOR)
+    counts = collections.Counter(
+        token for token in corpus.val_tokens[: 5 * 128].tolist() if token != prepare.SEPARATOR
+    )
     total = sum(counts.values())
-    assert corpus.unigram_entropy() == pytest.approx(-sum(n / total * math.log(n / total) for n in counts.values()))
+    assert corpus.unigram_entropy() == pytest.approx(
+        -sum(n / total * math.log(n / total) for n in counts.values())
+    )
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda folder: os.truncate(folder / "train.bin", 1000), "train.bin has 1,000 bytes"),
-        (lambda folder: (folder / "train.bin").write_bytes(b"\1" * (folder / "train.bin").stat().st_size), "checksum"),
-        (lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("bert", "t5")), "was changed"),
+        (
+            lambda folder: (folder / "train.bin").write_bytes(
+                b"\1" * (folder / "train.bin").stat().st_size
+            ),
+            "checksum",
+        ),
+        (
+            lambda folder: (folder / "meta.json").write_text(
+                (folder / "meta.json").read_text().replace("bert", "t5")
+            ),
+            "was changed",
+        ),
         (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "meta.json").write_text(json.dumps({"checksum": prepare.meta_checksum({})})), "there is no model in it"),
+        (
+            lambda folder: (folder / "meta.json").write_text(
+                json.dumps({"checksum": prepare.meta_checksum({})})
+            ),
+            "there is no model in it",
+        ),
         (lambda folder: (folder / "meta.json").unlink(), "no corpus here"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or not"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
+            "tokenizer.json is missing or not",
+        ),
     ],
 )
 def test_a_damaged_corpus_is_refused(corpus_folder, tmp_path, damage, message):
@@ -458,7 +645,7 @@ def test_a_damaged_corpus_is_refused(corpus_folder, tmp_path, damage, message):
         Corpus(copy)
 
 
-# -- Model ------------------------------------------------------------------------------------------------
+# -- Model -----------------------------------------------------------------------------------------
 
 
 def test_base_has_the_studys_parameters_and_initial_values():
@@ -474,7 +661,8 @@ def test_base_has_the_studys_parameters_and_initial_values():
             assert parameter.item() == pytest.approx(768**-0.5)
         else:
             assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
-    narrow = models.build("bert", "tiny", 2048).layers[0].feed_forward.linear.weight  # 1/3 of base's width
+    # 1/3 of base's width.
+    narrow = models.build("bert", "tiny", 2048).layers[0].feed_forward.linear.weight
     assert narrow.std().item() == pytest.approx(0.02 * 3**0.5, rel=0.01)
 
 
@@ -485,18 +673,24 @@ class ReferenceLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
         self.attention = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
-        self.w_in, self.w_out = nn.Linear(width, d_ff, bias=False), nn.Linear(d_ff // 2, width, bias=False)
+        self.w_in, self.w_out = (
+            nn.Linear(width, d_ff, bias=False),
+            nn.Linear(d_ff // 2, width, bias=False),
+        )
 
     def forward(self, h):
         x = self.norm1(h)
-        h = h + self.attention(x, x, x, need_weights=True)[0]  # with weights: the plain softmax path
+        # With weights: the plain softmax path.
+        h = h + self.attention(x, x, x, need_weights=True)[0]
         linear, gate = self.w_in(self.norm2(h)).tensor_split(2, dim=-1)
         return h + self.w_out(linear * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))))
 
 
 def test_model_equals_one_built_from_reference_modules():
     torch.manual_seed(0)
-    config = models.BERTConfig(vocabulary_size=100, n_layers=3, d_model=24, n_heads=3, d_ff=48, max_length=16)
+    config = models.BERTConfig(
+        vocabulary_size=100, n_layers=3, d_model=24, n_heads=3, d_ff=48, max_length=16
+    )
     model = models.BERT(config).double()
     with torch.no_grad():  # far from the initial values, so that every path matters
         for parameter in model.parameters():
@@ -504,16 +698,42 @@ def test_model_equals_one_built_from_reference_modules():
     embedding = nn.Embedding(100, 24, padding_idx=0).double()
     norm, final = nn.LayerNorm(24, eps=1e-12).double(), nn.LayerNorm(24, eps=1e-12).double()
     layers = nn.ModuleList(ReferenceLayer(24, 3, 96) for _ in range(3)).double()
-    head, scale = nn.Linear(24, 24, bias=False).double(), nn.Parameter(model.position_scale.detach().clone())
-    pairs = [(model.embedding, embedding.weight), (model.head.weight, head.weight), (model.position_scale, scale)]
-    pairs += [(getattr(a, x), getattr(b, x)) for a, b in ((model.embedding_norm, norm), (model.final_norm, final)) for x in ("weight", "bias")]
+    head, scale = (
+        nn.Linear(24, 24, bias=False).double(),
+        nn.Parameter(model.position_scale.detach().clone()),
+    )
+    pairs = [
+        (model.embedding, embedding.weight),
+        (model.head.weight, head.weight),
+        (model.position_scale, scale),
+    ]
+    pairs += [
+        (getattr(a, x), getattr(b, x))
+        for a, b in ((model.embedding_norm, norm), (model.final_norm, final))
+        for x in ("weight", "bias")
+    ]
     stacked = []  # the reference has one matrix where we have two or three
     for ours, theirs in zip(model.layers, layers):
         for x in ("weight", "bias"):
-            pairs += [(getattr(ours.attention_norm, x), getattr(theirs.norm1, x)), (getattr(ours.feed_forward_norm, x), getattr(theirs.norm2, x))]
-        pairs += [(ours.attention.output.weight, theirs.attention.out_proj.weight), (ours.feed_forward.output.weight, theirs.w_out.weight)]
-        stacked += [([ours.attention.query.weight, ours.attention.key.weight, ours.attention.value.weight], theirs.attention.in_proj_weight),
-                    ([ours.feed_forward.linear.weight, ours.feed_forward.gate.weight], theirs.w_in.weight)]  # fmt: skip
+            pairs += [
+                (getattr(ours.attention_norm, x), getattr(theirs.norm1, x)),
+                (getattr(ours.feed_forward_norm, x), getattr(theirs.norm2, x)),
+            ]
+        pairs += [
+            (ours.attention.output.weight, theirs.attention.out_proj.weight),
+            (ours.feed_forward.output.weight, theirs.w_out.weight),
+        ]
+        stacked += [
+            (
+                [
+                    ours.attention.query.weight,
+                    ours.attention.key.weight,
+                    ours.attention.value.weight,
+                ],
+                theirs.attention.in_proj_weight,
+            ),
+            ([ours.feed_forward.linear.weight, ours.feed_forward.gate.weight], theirs.w_in.weight),
+        ]
     covered = [ours for ours, _ in pairs] + [weight for ours, _ in stacked for weight in ours]
     assert {id(weight) for weight in covered} == {id(parameter) for parameter in model.parameters()}
     with torch.no_grad():
@@ -541,25 +761,38 @@ def test_model_equals_one_built_from_reference_modules():
 
     batch = {"tokens": tokens, "positions": positions, "labels": labels}
     torch.testing.assert_close(model.logits(batch), logits)
-    torch.testing.assert_close(model.loss(batch, per_example=True).double(), losses.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.loss(batch, per_example=True).double(), losses.mean(1), rtol=1e-5, atol=1e-5
+    )
     model.loss(batch).backward()
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
     for ours, theirs in stacked:
-        torch.testing.assert_close(torch.cat([weight.grad for weight in ours]), theirs.grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            torch.cat([weight.grad for weight in ours]), theirs.grad, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_layers_are_those_asked_for():
     torch.manual_seed(0)
     model = models.build("bert", "tiny", 300)
-    batch = {"tokens": torch.randint(0, 300, (2, 16)), "positions": torch.tensor([[1, 2]] * 2), "labels": torch.tensor([[5, 6]] * 2)}
+    batch = {
+        "tokens": torch.randint(0, 300, (2, 16)),
+        "positions": torch.tensor([[1, 2]] * 2),
+        "labels": torch.tensor([[5, 6]] * 2),
+    }
     expected = model.final_norm(model.layers[2](model.layers[0](model.embed(batch["tokens"]))))
     assert torch.equal(model.encode(batch["tokens"], [0, 2]), expected)
     none = model.logits(batch, [])
-    assert torch.equal(model.encode(batch["tokens"], []), model.final_norm(model.embed(batch["tokens"])))
+    assert torch.equal(
+        model.encode(batch["tokens"], []), model.final_norm(model.embed(batch["tokens"]))
+    )
     assert not torch.equal(none, model.logits(batch))
     model.loss(batch, [0, 2]).backward()
-    assert all((parameter.grad is None) == (name.split(".")[1] in "13") for name, parameter in model.layers.named_parameters(prefix="layers"))
+    assert all(
+        (parameter.grad is None) == (name.split(".")[1] in "13")
+        for name, parameter in model.layers.named_parameters(prefix="layers")
+    )
     model.present_layers = [0, 1]
     assert torch.equal(model.logits(batch), model.logits(batch, [0, 1]))
 
@@ -590,17 +823,30 @@ def transformers_t5(config):
     """transformers' T5 v1.1 of the same shape."""
     import transformers
 
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=config.vocabulary_size, d_model=config.d_model, d_kv=config.d_head, d_ff=config.d_ff, num_layers=config.n_layers,
-        num_heads=config.n_heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0,
-        relative_attention_num_buckets=config.relative_buckets, relative_attention_max_distance=config.relative_distance,
-        decoder_start_token_id=0,
-    ))  # fmt: skip
-    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))  # transformers 5 ties what v1.1 does not
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=config.vocabulary_size,
+            d_model=config.d_model,
+            d_kv=config.d_head,
+            d_ff=config.d_ff,
+            num_layers=config.n_layers,
+            num_heads=config.n_heads,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=config.relative_buckets,
+            relative_attention_max_distance=config.relative_distance,
+            decoder_start_token_id=0,
+        )
+    )
+    # Transformers 5 ties what v1.1 does not.
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
     return model
 
 
-T5_SHAPE = models.T5Config(vocabulary_size=200, n_layers=3, d_model=48, n_heads=3, d_head=16, d_ff=80)
+T5_SHAPE = models.T5Config(
+    vocabulary_size=200, n_layers=3, d_model=48, n_heads=3, d_head=16, d_ff=80
+)
 
 
 def t5_batch(rows, length, targets, padded=True):
@@ -614,40 +860,69 @@ def test_t5_base_has_the_published_parameters_and_initial_values():
     torch.manual_seed(0)
     model = models.build("t5", "base", 32128)
     assert sum(parameter.numel() for parameter in model.parameters()) == 247_577_856
-    deviations = {"embedding": 1.0, "head": 1.0, "query": (768 * 64) ** -0.5, "key": 768**-0.5, "value": 768**-0.5, "attention.output": 768**-0.5,
-                  "linear": 768**-0.5, "gate": 768**-0.5, "feed_forward.output": 2048**-0.5}  # fmt: skip
+    deviations = {
+        "embedding": 1.0,
+        "head": 1.0,
+        "query": (768 * 64) ** -0.5,
+        "key": 768**-0.5,
+        "value": 768**-0.5,
+        "attention.output": 768**-0.5,
+        "linear": 768**-0.5,
+        "gate": 768**-0.5,
+        "feed_forward.output": 2048**-0.5,
+    }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert parameter.unique().tolist() == [1.0], name
         elif name.endswith("_positions"):
             assert parameter.std().item() == pytest.approx(768**-0.5, rel=0.15), name
         else:
-            (deviation,) = [value for key, value in deviations.items() if f"{key}.weight" in f"{name}.weight"]
-            assert parameter.std().item() == pytest.approx(deviation, rel=0.01) and abs(parameter.mean().item()) < 0.01 * deviation, name
+            (deviation,) = [
+                value for key, value in deviations.items() if f"{key}.weight" in f"{name}.weight"
+            ]
+            assert (
+                parameter.std().item() == pytest.approx(deviation, rel=0.01)
+                and abs(parameter.mean().item()) < 0.01 * deviation
+            ), name
 
 
 def test_t5_equals_transformers():
     torch.manual_seed(0)
     theirs, ours = transformers_t5(T5_SHAPE), models.T5(T5_SHAPE)
     names, parameters = models.transformers_names(range(3)), dict(theirs.named_parameters())
-    assert sorted(names) == sorted(name for name, _ in ours.named_parameters()) and sorted(names.values()) == sorted(parameters)
+    assert sorted(names) == sorted(name for name, _ in ours.named_parameters()) and sorted(
+        names.values()
+    ) == sorted(parameters)
     with torch.no_grad():
         for mine, its in names.items():
             parameters[its].add_(torch.randn_like(parameters[its]) * 0.05)
             ours.get_parameter(mine).copy_(parameters[its])
-    batch = t5_batch(6, 150, 70)  # longer than the exact distances of both stacks, and than the farthest bucket
+    # Longer than the exact distances of both stacks, and than the farthest bucket.
+    batch = t5_batch(6, 150, 70)
     batch["labels"][1, 50:] = -100
-    expected = theirs(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), labels=batch["labels"])
+    expected = theirs(
+        input_ids=batch["tokens"], attention_mask=batch["mask"].long(), labels=batch["labels"]
+    )
     torch.testing.assert_close(ours.logits(batch), expected.logits, rtol=1e-4, atol=1e-4)
     loss = ours.loss(batch)
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    rows = [theirs(input_ids=batch["tokens"][[row]], attention_mask=batch["mask"][[row]].long(), labels=batch["labels"][[row]]).loss.item() for row in range(6)]
+    rows = [
+        theirs(
+            input_ids=batch["tokens"][[row]],
+            attention_mask=batch["mask"][[row]].long(),
+            labels=batch["labels"][[row]],
+        ).loss.item()
+        for row in range(6)
+    ]
     assert ours.loss(batch, per_example=True).tolist() == pytest.approx(rows, rel=1e-5)
     loss.backward()
     expected.loss.backward()
     for mine, its in names.items():
         scale = parameters[its].grad.abs().max()
-        assert scale > 0 and (ours.get_parameter(mine).grad - parameters[its].grad).abs().max() < 2e-5 * scale, mine
+        assert (
+            scale > 0
+            and (ours.get_parameter(mine).grad - parameters[its].grad).abs().max() < 2e-5 * scale
+        ), mine
 
 
 def test_t5_generates_what_transformers_does(tmp_path):
@@ -660,11 +935,21 @@ def test_t5_generates_what_transformers_does(tmp_path):
 
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
     batch = t5_batch(50, 20, 1)
-    expected = theirs.generate(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), max_new_tokens=40, do_sample=False, num_beams=1)[:, 1:]
-    assert torch.equal(model.generate(batch, 40), expected) and torch.equal(model.generate(batch, 40, use_cache=False), expected)
+    expected = theirs.generate(
+        input_ids=batch["tokens"],
+        attention_mask=batch["mask"].long(),
+        max_new_tokens=40,
+        do_sample=False,
+        num_beams=1,
+    )[:, 1:]
+    assert torch.equal(model.generate(batch, 40), expected) and torch.equal(
+        model.generate(batch, 40, use_cache=False), expected
+    )
     assert 5 < (expected == 1).any(dim=1).sum() < 50  # some rows end, some do not
     alone = {name: value[7:8] for name, value in batch.items()}
-    length = batch["mask"][7].sum()  # what a row generates does not depend on its padding or its neighbours
+    length = batch["mask"][
+        7
+    ].sum()  # what a row generates does not depend on its padding or its neighbours
     alone = {"tokens": alone["tokens"][:, :length]}
     generated = model.generate(alone, 40)[0]
     assert torch.equal(F.pad(generated, (0, expected.shape[1] - len(generated))), expected[7])
@@ -680,15 +965,27 @@ def test_t5_in_the_transformers_format(tmp_path, monkeypatch):
     assert loaded.config.n_layers == 2 and torch.equal(loaded.logits(batch), model.logits(batch))
     theirs = transformers_t5(T5_SHAPE)
     theirs.save_pretrained(tmp_path / "theirs")
-    expected = theirs(input_ids=batch["tokens"], attention_mask=batch["mask"].long(), labels=batch["labels"]).logits
-    torch.testing.assert_close(models.load_transformers(tmp_path / "theirs").logits(batch), expected, rtol=1e-4, atol=1e-4)
-    torch.save(theirs.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")  # as the published t5-v1_1
+    expected = theirs(
+        input_ids=batch["tokens"], attention_mask=batch["mask"].long(), labels=batch["labels"]
+    ).logits
+    torch.testing.assert_close(
+        models.load_transformers(tmp_path / "theirs").logits(batch), expected, rtol=1e-4, atol=1e-4
+    )
+    # As the published t5-v1_1.
+    torch.save(theirs.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
     (tmp_path / "theirs" / "model.safetensors").unlink()
-    torch.testing.assert_close(models.load_transformers(tmp_path / "theirs").logits(batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        models.load_transformers(tmp_path / "theirs").logits(batch), expected, rtol=1e-4, atol=1e-4
+    )
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    for change, message in (({"model_type": "bart"}, "model_type is 'bart'"), ({"feed_forward_proj": "relu"}, "feed_forward_proj"), ({"d_ff": 81}, "do not fit"),
-                            ({"tie_word_embeddings": True}, "first T5"), ({"num_decoder_layers": 7}, "7 decoder layers"),
-                            ({"num_layers": 5, "num_decoder_layers": 5}, "have no")):  # fmt: skip
+    for change, message in (
+        ({"model_type": "bart"}, "model_type is 'bart'"),
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj"),
+        ({"d_ff": 81}, "do not fit"),
+        ({"tie_word_embeddings": True}, "first T5"),
+        ({"num_decoder_layers": 7}, "7 decoder layers"),
+        ({"num_layers": 5, "num_decoder_layers": 5}, "have no"),
+    ):
         (tmp_path / "ours" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             models.load_transformers(tmp_path / "ours")
@@ -704,24 +1001,37 @@ def test_t5_layers_come_in_pairs():
     torch.manual_seed(0)
     model, batch = models.T5(T5_SHAPE), t5_batch(2, 9, 4, padded=False)
     model.loss(batch, [0, 2]).backward()
-    assert all((parameter.grad is None) == (name.split(".")[1] == "1") for name, parameter in model.layers.named_parameters(prefix="layers"))
+    assert all(
+        (parameter.grad is None) == (name.split(".")[1] == "1")
+        for name, parameter in model.layers.named_parameters(prefix="layers")
+    )
     assert model.encoder_positions.grad is not None
-    places = torch.arange(9)  # a bias whose last dimension is not contiguous keeps a GPU from its fused kernels
-    assert all(model.position_bias(table, places, places, both).stride(-1) == 1 for table, both in ((model.encoder_positions, True), (model.decoder_positions, False)))
+    # A bias whose last dimension is not contiguous keeps a GPU from its fused kernels.
+    places = torch.arange(9)
+    assert all(
+        model.position_bias(table, places, places, both).stride(-1) == 1
+        for table, both in ((model.encoder_positions, True), (model.decoder_positions, False))
+    )
     model.present_layers = [0, 2]
-    assert torch.equal(model.logits(batch), model.logits(batch, [0, 2])) and not torch.equal(model.logits(batch), model.logits(batch, []))
+    assert torch.equal(model.logits(batch), model.logits(batch, [0, 2])) and not torch.equal(
+        model.logits(batch), model.logits(batch, [])
+    )
 
 
-# -- Reference system time -------------------------------------------------------------------------------
+# -- Reference system time -------------------------------------------------------------------------
 
 
 def test_references_are_the_recorded_times_per_layer():
-    for name, probe, table, share in (("rtx3090", "bert", rst.RTX3090_BERT, 1), ("a100", "t5", rst.A100_T5, 2)):
+    for name, probe, table, share in (
+        ("rtx3090", "bert", rst.RTX3090_BERT, 1),
+        ("a100", "t5", rst.A100_T5, 2),
+    ):
         slope = share * rst.REFERENCES[name].probe_seconds[probe]
         for layers, seconds in enumerate(table, 1):
             line = table[0] + slope * (layers - 1)
             if (name, layers) == ("rtx3090", 7):
-                assert 10 * seconds == pytest.approx(line, rel=0.015)  # the slip of the decimal point
+                # The slip of the decimal point.
+                assert 10 * seconds == pytest.approx(line, rel=0.015)
             else:
                 assert seconds == pytest.approx(line, rel=0.015)
     assert rst.REFERENCES["rtx3090"].probe_seconds["bert"] == pytest.approx(0.01334, abs=5e-6)
@@ -731,8 +1041,14 @@ def test_references_are_the_recorded_times_per_layer():
 def test_reference_files(tmp_path):
     rst.main([f"--save={tmp_path}/mine.json", "--repeats=1", "--threads=2", "--device=cpu"])
     reference = rst.find_reference(str(tmp_path / "mine.json"))
-    assert set(reference.probe_seconds) == {"bert", "t5"} and min(reference.probe_seconds.values()) > 0
-    for content in ("{}", "nothing", '{"name": "x", "probe_seconds": {"bert": 0}, "provenance": ""}'):
+    assert (
+        set(reference.probe_seconds) == {"bert", "t5"} and min(reference.probe_seconds.values()) > 0
+    )
+    for content in (
+        "{}",
+        "nothing",
+        '{"name": "x", "probe_seconds": {"bert": 0}, "provenance": ""}',
+    ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match="bad.json"):
             rst.find_reference(str(tmp_path / "bad.json"))
@@ -748,8 +1064,14 @@ def test_probe_has_no_denormal_values(name):
     if name == "bert":  # the frozen copy is a layer of the model's kind
         layer = models.BERTLayer(models.BERTConfig())
         attention, feed_forward = layer.attention, layer.feed_forward
-        weights = [torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]), attention.output.weight]
-        weights += [torch.cat([feed_forward.linear.weight, feed_forward.gate.weight]), feed_forward.output.weight]
+        weights = [
+            torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]),
+            attention.output.weight,
+        ]
+        weights += [
+            torch.cat([feed_forward.linear.weight, feed_forward.gate.weight]),
+            feed_forward.output.weight,
+        ]
         torch.testing.assert_close(rst.bert_layer(x, weights), layer(x), rtol=1e-4, atol=1e-5)
 
 
@@ -762,7 +1084,9 @@ def test_clock_charges_everything_and_counts_stalls():
     clock.factor = 0.5
     for _ in range(20):
         clock.charge(1.0, 0.2)
-        assert clock.charged_seconds == 0.5 and clock.update_free_seconds == 0.2 and clock.stalls == 0
+        assert (
+            clock.charged_seconds == 0.5 and clock.update_free_seconds == 0.2 and clock.stalls == 0
+        )
     clock.charge(9.0, 0.0)  # a model that grew
     assert clock.stalls == 0
     clock.charge(50.0, 0.0)
@@ -789,6 +1113,7 @@ def test_an_update_is_charged_less_its_free_blocks(monkeypatch):
         raise KeyError  # an update that failed is none
     assert (clock.spent_seconds, clock.updates) == (1.5, 1)
 
+
 def test_the_factor_is_of_the_last_minutes_probes_without_their_extremes(monkeypatch):
     now = 0.0
     monkeypatch.setattr(rst.time, "perf_counter", lambda: now)
@@ -798,7 +1123,8 @@ def test_the_factor_is_of_the_last_minutes_probes_without_their_extremes(monkeyp
     clock.probe = SimpleNamespace(name="bert", seconds=paces.__next__, rows=1, full_rows=2)
     clock.measure(8)
     assert clock.factor == 0.5 and clock.probe_wall_seconds == 1.0
-    # Seconds, and the probes that count then: after a minute the opening's are forgotten, but for the last four probes.
+    # Seconds, and the probes that count then: after a minute the opening's are forgotten, but for
+    # the last four probes.
     for now, counted in (
         (10.0, [2] * 7),  # of 2 x 8 and 4
         (50.0, [2] * 7 + [4]),  # of 2 x 8, 4, 4
@@ -809,6 +1135,7 @@ def test_the_factor_is_of_the_last_minutes_probes_without_their_extremes(monkeyp
         clock.measure()
         assert clock.factor == pytest.approx(len(counted) / sum(counted)), now
     assert len(clock.factor_history) == 6
+
 
 def test_a_stalled_probe_does_not_put_off_the_next(monkeypatch):
     clock = clock_of(budget_seconds=1000.0)
@@ -835,7 +1162,11 @@ def test_the_worked_example_of_the_clock(monkeypatch):
         monkeypatch.setattr(rst, "gather", lambda values, device: [values] * processes)
         clock.measure(4)
         clock.charge(1.3, 0.2)
-        assert round(clock.factor / processes, 2) == 0.78 and round(clock.charged_seconds, 2) == charged
+        assert (
+            round(clock.factor / processes, 2) == 0.78
+            and round(clock.charged_seconds, 2) == charged
+        )
+
 
 def test_free_work_is_not_charged_and_may_not_train():
     clock = clock_of(budget_seconds=1.0)
@@ -849,32 +1180,55 @@ def test_free_work_is_not_charged_and_may_not_train():
             change()
 
 
-# -- Methods ----------------------------------------------------------------------------------------------
+# -- Methods ---------------------------------------------------------------------------------------
 
 
 def test_schedule_and_parameter_groups():
     assert [one_cycle(f) for f in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 0.5, 0.0]
-    for name, others in (("bert", {"embedding", "head.weight"}), ("t5", {"embedding", "head.weight", "encoder_positions", "decoder_positions"})):
+    for name, others in (
+        ("bert", {"embedding", "head.weight"}),
+        ("t5", {"embedding", "head.weight", "encoder_positions", "decoder_positions"}),
+    ):
         model = models.build(name, "tiny", 300)
-        groups, names = parameter_groups(model, 0.1), {id(value): key for key, value in model.named_parameters()}
+        groups, names = (
+            parameter_groups(model, 0.1),
+            {id(value): key for key, value in model.named_parameters()},
+        )
         assert sorted(id(p) for group in groups for p in group["params"]) == sorted(names)
         for group in groups:
             own = {names[id(p)] for p in group["params"]}
-            assert len({key.split(".")[1] if key.startswith("layers.") else "outside" for key in own}) == 1
-            assert all(("norm" in key or key == "position_scale") == (group["weight_decay"] == 0.0) for key in own)
+            assert (
+                len({key.split(".")[1] if key.startswith("layers.") else "outside" for key in own})
+                == 1
+            )
+            assert all(
+                ("norm" in key or key == "position_scale") == (group["weight_decay"] == 0.0)
+                for key in own
+            )
         matrices = hidden_matrices(model)
-        assert {key for key, p in model.named_parameters() if p.dim() == 2} - set(matrices) == others
+        assert {key for key, p in model.named_parameters() if p.dim() == 2} - set(
+            matrices
+        ) == others
         without = parameter_groups(model, 0.1, without=matrices.values())
-        assert not {id(p) for p in matrices.values()} & {id(p) for group in without for p in group["params"]}
+        assert not {id(p) for p in matrices.values()} & {
+            id(p) for group in without for p in group["params"]
+        }
+
 
 def test_the_cosine_schedule_is_the_studys():
     for q in (0, 1, 5000, 9999, 10_000, 30_000, 65_000, 65_535):
-        expected = 0.5 + 0.5 * q / 10_000 if q < 10_000 else max(1e-5, 0.5 * (1 + math.cos(math.pi * (q - 10_000) / 55_536)))
+        expected = (
+            0.5 + 0.5 * q / 10_000
+            if q < 10_000
+            else max(1e-5, 0.5 * (1 + math.cos(math.pi * (q - 10_000) / 55_536)))
+        )
         assert baseline.cosine(q / 65_536) == pytest.approx(expected, rel=1e-9)
     assert baseline.cosine(1.0) == 1e-5
 
 
-def literal_adamw_scale(weight, gradient, state, lr, scale, weight_decay, beta1=0.9, beta2=0.999, eps=1e-6):
+def literal_adamw_scale(
+    weight, gradient, state, lr, scale, weight_decay, beta1=0.9, beta2=0.999, eps=1e-6
+):
     t = state["t"] = state.get("t", 0) + 1
     m = state["m"] = beta1 * state.get("m", 0.0) + (1 - beta1) * gradient
     v = state["v"] = beta2 * state.get("v", 0.0) + (1 - beta2) * gradient**2
@@ -889,10 +1243,14 @@ def literal_lion(weight, gradient, state, lr, scale, weight_decay, beta1=0.9, be
     return weight * (1 - lr * scale * weight_decay) - lr * scale * u
 
 
-def literal_sophia(weight, gradient, state, lr, scale, weight_decay, beta1=0.965, rho=0.05, eps=1e-15):
+def literal_sophia(
+    weight, gradient, state, lr, scale, weight_decay, beta1=0.965, rho=0.05, eps=1e-15
+):
     state["m"] = beta1 * state.get("m", torch.zeros_like(weight)) + (1 - beta1) * gradient
     ratio = state["m"] / (rho * state.get("h", torch.zeros_like(weight)) + eps)
-    return weight * (1 - lr * weight_decay) - lr * scale * torch.minimum(torch.maximum(ratio, torch.tensor(-1.0)), torch.tensor(1.0))
+    return weight * (1 - lr * weight_decay) - lr * scale * torch.minimum(
+        torch.maximum(ratio, torch.tensor(-1.0)), torch.tensor(1.0)
+    )
 
 
 def make_optimizer(name, groups, rms_scaling, compile):
@@ -901,31 +1259,52 @@ def make_optimizer(name, groups, rms_scaling, compile):
         return optimizers.AdamWScale(groups, 1.0, (0.9, 0.999), 1e-6, compile)
     rule = {
         "lion": functools.partial(lion.lion_update, beta1=0.9, beta2=0.99),
-        "sophia": functools.partial(sophia.sophia_update, beta1=0.965, clip_threshold=0.05, eps=1e-15),
+        "sophia": functools.partial(
+            sophia.sophia_update, beta1=0.965, clip_threshold=0.05, eps=1e-15
+        ),
     }[name]
-    new = sophia.new_state if name == "sophia" else lambda weight: {"momentum": torch.zeros_like(weight)}
+    new = (
+        sophia.new_state
+        if name == "sophia"
+        else lambda weight: {"momentum": torch.zeros_like(weight)}
+    )
     return optimizers.RuleOptimizer(groups, 1.0, rule, new, rms_scaling, compile)
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name, rms_scaling", [("adamw_scale", True), ("lion", True), ("lion", False), ("sophia", True), ("sophia", False)])
+@pytest.mark.parametrize(
+    "name, rms_scaling",
+    [("adamw_scale", True), ("lion", True), ("lion", False), ("sophia", True), ("sophia", False)],
+)
 def test_update_rules_equal_their_formulas(name, rms_scaling, compile):
     """On parameters that come late, saved and loaded on the way, in float64 beside."""
     if compile and not HAS_COMPILER:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
-    literal = {"adamw_scale": literal_adamw_scale, "lion": literal_lion, "sophia": literal_sophia}[name]
+    literal = {"adamw_scale": literal_adamw_scale, "lion": literal_lion, "sophia": literal_sophia}[
+        name
+    ]
     generator = torch.Generator().manual_seed(0)
     shapes = [((7, 5), 1.0), ((300, 40), 0.1), ((5,), 0.3), ((), 1.0), ((3, 4), 1e-5)]
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator) * scale) for shape, scale in shapes]
+    parameters = [
+        nn.Parameter(torch.randn(shape, generator=generator) * scale) for shape, scale in shapes
+    ]
 
     def new_optimizer():
         late = [{"params": [parameters[1]], "weight_decay": 0.1}]
-        groups = [{"params": parameters[:1], "weight_decay": 0.1}, *late, {"params": parameters[2:], "weight_decay": 0.0}]
+        groups = [
+            {"params": parameters[:1], "weight_decay": 0.1},
+            *late,
+            {"params": parameters[2:], "weight_decay": 0.0},
+        ]
         return make_optimizer(name, groups, rms_scaling, compile)
 
     optimizer = new_optimizer()
     graphs = train.compilations()
-    expected, states, clipped = [parameter.detach().double() for parameter in parameters], [{} for _ in parameters], []
+    expected, states, clipped = (
+        [parameter.detach().double() for parameter in parameters],
+        [{} for _ in parameters],
+        [],
+    )
     for update in range(20):
         if update == 10 and not compile:  # as after a resume
             stored, optimizer = optimizer.state_dict(), new_optimizer()
@@ -937,20 +1316,39 @@ def test_update_rules_equal_their_formulas(name, rms_scaling, compile):
             if index == 1 and update < 5:
                 continue  # a layer that is not there yet: no step, no decay
             # some gradients near eps, where it matters how eps enters
-            parameter.grad = torch.randn(parameter.shape, generator=generator) * (10.0 ** -(update % 8) if name == "adamw_scale" else 1.0)
-            if name == "sophia" and update % 5 == 1 and parameter in optimizer.state:  # a Hessian pass
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * (
+                10.0 ** -(update % 8) if name == "adamw_scale" else 1.0
+            )
+            # A Hessian pass.
+            if name == "sophia" and update % 5 == 1 and parameter in optimizer.state:
                 estimate = torch.rand(parameter.shape, generator=generator) * 20
                 optimizer.state[parameter]["hessian"].lerp_(estimate, 0.01)
-                state["h"] = 0.99 * state.get("h", torch.zeros_like(expected[index])) + 0.01 * estimate.double()
+                state["h"] = (
+                    0.99 * state.get("h", torch.zeros_like(expected[index]))
+                    + 0.01 * estimate.double()
+                )
             scale = max(1e-3, expected[index].square().mean().sqrt().item()) if rms_scaling else 1.0
-            expected[index] = literal(expected[index], parameter.grad.double(), state, lr, scale, 0.1 if index < 2 else 0.0)
+            expected[index] = literal(
+                expected[index],
+                parameter.grad.double(),
+                state,
+                lr,
+                scale,
+                0.1 if index < 2 else 0.0,
+            )
             if "h" in state:
                 clipped.append((state["m"].abs() >= 0.05 * state["h"]).double().mean().item())
         optimizer.step()
         for parameter, value in zip(parameters, expected):
-            torch.testing.assert_close(parameter.double(), value, rtol=2e-5 if name == "adamw_scale" else 1e-6, atol=1e-6 if name != "adamw_scale" else 1e-9)
+            torch.testing.assert_close(
+                parameter.double(),
+                value,
+                rtol=2e-5 if name == "adamw_scale" else 1e-6,
+                atol=1e-6 if name != "adamw_scale" else 1e-9,
+            )
     assert train.compilations() == graphs  # all of them were made when the optimizer was
-    assert name != "sophia" or 0.1 < statistics.mean(clipped) < 0.9  # both branches of the clipping matter
+    # Both branches of the clipping matter.
+    assert name != "sophia" or 0.1 < statistics.mean(clipped) < 0.9
 
 
 METHOD_FILES = {
@@ -990,10 +1388,14 @@ METHOD_FILES = {
     "kill": """
         import os, signal
         class Kill(Method):
-            options = {"kill_at": Option("", "updates after which to die, once each"), "signal_number": Option(9, "how")}
+            options = {
+                "kill_at": Option("", "updates after which to die, once each"),
+                "signal_number": Option(9, "how"),
+            }
             def after_step(self):
                 marker = f"killed-{self.clock.updates}"
-                if str(self.clock.updates) in self.config.options["kill_at"].split(",") and not os.path.exists(marker):
+                due = str(self.clock.updates) in self.config.options["kill_at"].split(",")
+                if due and not os.path.exists(marker):
                     open(marker, "w").close()
                     os.kill(os.getpid(), self.config.options["signal_number"])
         """,
@@ -1002,7 +1404,8 @@ METHOD_FILES = {
         class Teacher(Method):
             @classmethod
             def prerequisites(cls, config):
-                return {"teacher": dataclasses.replace(config, method="baseline", train_on="holdout", options={}, budget_steps=2, out=None)}
+                changes = dict(train_on="holdout", options={}, budget_steps=2, out=None)
+                return {"teacher": dataclasses.replace(config, method="baseline", **changes)}
             def after_step(self):
                 teacher = self.finished_models["teacher"]
                 assert not teacher.training and teacher is not self.model
@@ -1026,7 +1429,9 @@ METHOD_FILES = {
 
 def add_methods(project, *names):
     for name in names:
-        source = "import torch\nfrom methods.baseline import Method, Option\n" + textwrap.dedent(METHOD_FILES[name])
+        source = "import torch\nfrom methods.baseline import Method, Option\n" + textwrap.dedent(
+            METHOD_FILES[name]
+        )
         (project / "methods" / f"{name}.py").write_text(source)
 
 
@@ -1036,10 +1441,12 @@ def test_methods_are_found_by_file_and_combined(project):
         import methods, train
         assert {"baseline", "narrow", "plain_sgd", "wide"} <= set(methods.names())
         both = methods.find("plain_sgd+wide")
-        assert {hook: owner for hook, owner in both.owner.items() if owner} == dict(optimizer="plain_sgd", next_batch="wide")
+        owners = {hook: owner for hook, owner in both.owner.items() if owner}
+        assert owners == dict(optimizer="plain_sgd", next_batch="wide")
         assert both.defaults("bert", "base")["lr"] == 0.25  # the optimizer's wins
         assert both.defaults("bert", "base")["weight_decay"] == 0.3
-        assert methods.find("wide+narrow_layers").defaults("bert", "base")["lr"] == 0.5  # that one declares none
+        # The other one declares none.
+        assert methods.find("wide+narrow_layers").defaults("bert", "base")["lr"] == 0.5
         typed, _ = train.parse(["--method=wide", "--factor=3", "--lr", "7", "--device=cpu"])
         config = train.resolve(typed)
         assert config.options == {"factor": 3} and config.lr == 7.0 and config.weight_decay == 0.3
@@ -1049,23 +1456,32 @@ def test_methods_are_found_by_file_and_combined(project):
     for flags, message in (
         (["--method=wide+narrow"], "wide and narrow both choose the rows"),
         (["--method=wide+wide"], "wide is listed twice"),
-        (["--method=wsd", "--schedule=cosine"], "--schedule=cosine: wsd sets the learning rate itself"),
+        (
+            ["--method=wsd", "--schedule=cosine"],
+            "--schedule=cosine: wsd sets the learning rate itself",
+        ),
         (["--method=none"], "no method 'none'; there are baseline, lawa"),
         (["--method=wide", "--factor=x"], "--factor"),
         (["--factor=3"], "unknown flag --factor"),
     ):
         result = command("train.py", *flags, project=project)
-        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+        assert (
+            result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+        ), result.stderr
 
 
-# -- Training ---------------------------------------------------------------------------------------------
+# -- Training --------------------------------------------------------------------------------------
 
 
 def test_budget_in_hours(corpus_folder, tmp_path):
-    train.main(small_run(corpus_folder, tmp_path / "run", "--budget_hours=0.0005", "--validations=2"))
+    train.main(
+        small_run(corpus_folder, tmp_path / "run", "--budget_hours=0.0005", "--validations=2")
+    )
     updates, validations = log_of(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert updates[-1]["spent_seconds"] >= 1.8 and (len(updates) < 2 or updates[-2]["spent_seconds"] < 1.8)
+    assert updates[-1]["spent_seconds"] >= 1.8 and (
+        len(updates) < 2 or updates[-2]["spent_seconds"] < 1.8
+    )
     spent = 0.0
     for number, record in enumerate(updates, 1):
         spent += record["charged_seconds"]
@@ -1079,7 +1495,16 @@ def test_budget_in_hours(corpus_folder, tmp_path):
 
 
 def test_it_learns(corpus_folder, tmp_path):
-    result = train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=60", "--validations=1", "--batch=16", "--holdout=0"))
+    result = train.main(
+        small_run(
+            corpus_folder,
+            tmp_path / "run",
+            "--budget_steps=60",
+            "--validations=1",
+            "--batch=16",
+            "--holdout=0",
+        )
+    )
     assert result["validation_loss"] < math.log(512) - 1
 
 
@@ -1088,19 +1513,42 @@ def t5_run(t5_folder, out, *flags):
 
 
 def test_t5_in_the_loop(project, t5_folder, tmp_path):
-    """One process, two, another micro-batch, killed and resumed: the same; and the rate ends at 1e-5 of its peak."""
+    """One process, two, another micro-batch, killed and resumed: the same; and the rate ends at
+    1e-5 of its peak."""
     add_methods(project, "kill")
-    flags = ["--budget_steps=20", "--validations=2", "--checkpoint_minutes=0.00001", "--lr=0.005"]  # lower than the default: rounding grows less
+    # Lower than the default: rounding grows less.
+    flags = [
+        "--budget_steps=20",
+        "--validations=2",
+        "--checkpoint_minutes=0.00001",
+        "--lr=0.005",
+    ]
     train.main(t5_run(t5_folder, tmp_path / "one", *flags))
     train.main(t5_run(t5_folder, tmp_path / "micro", *flags, "--micro_batch=4"))
-    two = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *t5_run(t5_folder, tmp_path / "two", *flags, "--threads=1"))
+    two = command(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *t5_run(t5_folder, tmp_path / "two", *flags, "--threads=1"),
+    )
     assert two.returncode == 0, two.stderr
     updates, validations = log_of(tmp_path / "one")
     for other in ("micro", "two"):
-        assert [r["loss"] for r in log_of(tmp_path / other)[0]] == pytest.approx([r["loss"] for r in updates], rel=1e-4)  # unscaled logits, losses near 50
-    assert [record["lr"] for record in updates] == [0.005 * baseline.cosine(record["progress"]) for record in updates]
+        # Unscaled logits, losses near 50.
+        assert [r["loss"] for r in log_of(tmp_path / other)[0]] == pytest.approx(
+            [r["loss"] for r in updates], rel=1e-4
+        )
+    assert [record["lr"] for record in updates] == [
+        0.005 * baseline.cosine(record["progress"]) for record in updates
+    ]
     assert validations[-1]["lr"] == 0.005 * 1e-5 and updates[-1]["loss"] < updates[0]["loss"]
-    killed = command("train.py", *t5_run(t5_folder, tmp_path / "killed", *flags, "--method=kill", "--kill_at=7"), project=project)
+    killed = command(
+        "train.py",
+        *t5_run(t5_folder, tmp_path / "killed", *flags, "--method=kill", "--kill_at=7"),
+        project=project,
+    )
     assert killed.returncode == -signal.SIGKILL
     resumed = command("train.py", f"--resume={tmp_path / 'killed'}", project=project)
     assert resumed.returncode == 0, resumed.stderr
@@ -1119,19 +1567,39 @@ def test_tokens_of_the_other_model_are_refused(t5_folder, corpus_folder, tmp_pat
 def test_result_does_not_depend_on_the_micro_batch(corpus_folder, tmp_path):
     losses = {}
     for micro_batch in (1, 4, 6):
-        train.main(small_run(corpus_folder, tmp_path / str(micro_batch), "--budget_steps=20", f"--micro_batch={micro_batch}", "--validations=1"))
+        train.main(
+            small_run(
+                corpus_folder,
+                tmp_path / str(micro_batch),
+                "--budget_steps=20",
+                f"--micro_batch={micro_batch}",
+                "--validations=1",
+            )
+        )
         losses[micro_batch] = [record["loss"] for record in log_of(tmp_path / str(micro_batch))[0]]
-    assert losses[1] == pytest.approx(losses[6], rel=1e-5) and losses[4] == pytest.approx(losses[6], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[6], rel=1e-5) and losses[4] == pytest.approx(
+        losses[6], rel=1e-5
+    )
 
 
 def test_two_processes_equal_one(corpus_folder, tmp_path):
     train.main(small_run(corpus_folder, tmp_path / "one", "--budget_steps=20", "--validations=2"))
-    result = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-                     *small_run(corpus_folder, tmp_path / "two", "--budget_steps=20", "--validations=2", "--threads=1"))  # fmt: skip
+    result = command(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *small_run(
+            corpus_folder, tmp_path / "two", "--budget_steps=20", "--validations=2", "--threads=1"
+        ),
+    )
     assert result.returncode == 0, result.stderr
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [r["loss"] for r in two[0]] == pytest.approx([r["loss"] for r in one[0]], rel=1e-5)
-    assert [r["validation_loss"] for r in two[1]] == pytest.approx([r["validation_loss"] for r in one[1]], rel=1e-5)
+    assert [r["validation_loss"] for r in two[1]] == pytest.approx(
+        [r["validation_loss"] for r in one[1]], rel=1e-5
+    )
 
 
 def test_nothing_keeps_the_process_group_alive(corpus_folder, tmp_path):
@@ -1140,7 +1608,8 @@ def test_nothing_keeps_the_process_group_alive(corpus_folder, tmp_path):
         import os, sys, weakref
         import torch.distributed as dist
         import train
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         destroy = dist.destroy_process_group
         def destroy_and_look():
             group = weakref.ref(dist.group.WORLD)
@@ -1150,12 +1619,18 @@ def test_nothing_keeps_the_process_group_alive(corpus_folder, tmp_path):
         train.main(sys.argv[1:])
         assert not dist.is_initialized()
         """)
-    result = command("-c", script, *small_run(corpus_folder, tmp_path / "run", "--budget_steps=2", "--validations=1"))
+    result = command(
+        "-c",
+        script,
+        *small_run(corpus_folder, tmp_path / "run", "--budget_steps=2", "--validations=1"),
+    )
     assert result.returncode == 0, result.stderr
 
 
 def test_rows_are_shared_out_over_groups_and_processes(monkeypatch):
-    groups = [(group, number) for number, group in enumerate(np.array_split(np.arange(100, 123), 4))]
+    groups = [
+        (group, number) for number, group in enumerate(np.array_split(np.arange(100, 123), 4))
+    ]
     shares = []
     monkeypatch.setattr(parallel, "processes", lambda: 3)
     for rank in range(3):
@@ -1167,14 +1642,25 @@ def test_rows_are_shared_out_over_groups_and_processes(monkeypatch):
     with pytest.raises(UserError, match="a group of 2 rows cannot be shared out over 3 processes"):
         parallel.micro_batches([(np.arange(2), 0)], 8)
 
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision_is_near_fp32(corpus_folder, tmp_path, dtype):
     losses = {}
     for name in ("fp32", dtype):
-        train.main(small_run(corpus_folder, tmp_path / name, "--budget_steps=4", f"--dtype={name}", "--validations=1"))
+        train.main(
+            small_run(
+                corpus_folder,
+                tmp_path / name,
+                "--budget_steps=4",
+                f"--dtype={name}",
+                "--validations=1",
+            )
+        )
         losses[name] = [record["loss"] for record in log_of(tmp_path / name)[0]]
         assert not any(record["skipped"] for record in log_of(tmp_path / name)[0])
-    assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.01) and losses[dtype] != losses["fp32"]
+    assert (
+        losses[dtype] == pytest.approx(losses["fp32"], rel=0.01) and losses[dtype] != losses["fp32"]
+    )
 
 
 def test_t5_in_bf16_is_near_fp32():
@@ -1182,27 +1668,49 @@ def test_t5_in_bf16_is_near_fp32():
     model, batch = models.T5(T5_SHAPE), t5_batch(4, 20, 8)
     expected = model.loss(batch).item()
     model.autocast_dtype = torch.bfloat16
-    assert model.loss(batch).item() == pytest.approx(expected, rel=0.02) and model.loss(batch).item() != expected
+    assert (
+        model.loss(batch).item() == pytest.approx(expected, rel=0.02)
+        and model.loss(batch).item() != expected
+    )
     model.loss(batch).backward()
-    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
 
 
 def test_an_overflow_in_fp16_skips_the_update(corpus_folder, tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**30, enabled=enabled))
-    result = train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=3", "--dtype=fp16", "--validations=1"))
-    assert [record["skipped"] for record in log_of(tmp_path / "run")[0]] == [True] * 3 and result["skipped_updates"] == 3
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: scaler(device, init_scale=2.0**30, enabled=enabled),
+    )
+    result = train.main(
+        small_run(
+            corpus_folder, tmp_path / "run", "--budget_steps=3", "--dtype=fp16", "--validations=1"
+        )
+    )
+    assert [record["skipped"] for record in log_of(tmp_path / "run")[0]] == [True] * 3 and result[
+        "skipped_updates"
+    ] == 3
     assert [record["gradient_norm"] for record in log_of(tmp_path / "run")[0]] == [None] * 3
     torch.manual_seed(0)
     fresh = models.build("bert", "tiny", 512).state_dict()
-    assert all(torch.equal(value, fresh[name]) for name, value in weights_of(tmp_path / "run").items())
+    assert all(
+        torch.equal(value, fresh[name]) for name, value in weights_of(tmp_path / "run").items()
+    )
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(corpus_folder, tmp_path, monkeypatch, capsys):
+def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
+    corpus_folder, tmp_path, monkeypatch, capsys
+):
     batch = Corpus.batch
 
     def poisoned(self, positions, *arguments):  # the loss is finite, its gradient is not
-        self.model_to_poison.register_hook(lambda gradient: gradient * math.inf) if positions[0] == 12 else None
+        self.model_to_poison.register_hook(lambda gradient: gradient * math.inf) if positions[
+            0
+        ] == 12 else None
         return batch(self, positions, *arguments)
 
     start = methods.Combination.start
@@ -1214,45 +1722,79 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(corpus_folder, 
 
     monkeypatch.setattr(methods.Combination, "start", remember)
     with pytest.raises(SystemExit):
-        train.main(small_run(corpus_folder, tmp_path / "run", "--budget_steps=9", "--checkpoint_minutes=0.000001"))
+        train.main(
+            small_run(
+                corpus_folder, tmp_path / "run", "--budget_steps=9", "--checkpoint_minutes=0.000001"
+            )
+        )
     assert "gradient's norm inf in update 3" in capsys.readouterr().err
     checkpoint = read_tensors(tmp_path / "run" / "checkpoint.pt", train.CHECKPOINT)
-    assert checkpoint["clock"]["updates"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert checkpoint["clock"]["updates"] == 2 and all(
+        value.isfinite().all() for value in checkpoint["model"].values()
+    )
 
 
 def test_growing_and_unused_layers(project, corpus_folder, tmp_path):
     add_methods(project, "grow")
-    result = command("train.py", *small_run(corpus_folder, tmp_path / "run", "--method=grow", "--budget_steps=8", "--weight_decay=0.5"), project=project)
+    result = command(
+        "train.py",
+        *small_run(
+            corpus_folder,
+            tmp_path / "run",
+            "--method=grow",
+            "--budget_steps=8",
+            "--weight_decay=0.5",
+        ),
+        project=project,
+    )
     assert result.returncode == 0, result.stderr
     updates, validations = log_of(tmp_path / "run")
     assert [record["grow"]["layers"] for record in updates] == [2] * 4 + [4] * 4
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
-    assert {int(entry["step"]) for entry in state.values()} == {4, 8}  # new layers have step counts of their own
+    # New layers have step counts of their own.
+    assert {int(entry["step"]) for entry in state.values()} == {4, 8}
     assert models.load(tmp_path / "run" / "model.pt").present_layers == [0, 1, 2, 3]
 
 
 def test_a_prerequisite_is_trained_once_and_reused(project, corpus_folder, tmp_path):
     add_methods(project, "teacher")
-    for seed, expected in ((0, "training"), (0, "reusing")):
-        flags = small_run(corpus_folder, tmp_path / expected, "--method=teacher", "--budget_steps=3", "--validations=1")
+    for expected in ("training", "reusing"):
+        flags = small_run(
+            corpus_folder,
+            tmp_path / expected,
+            "--method=teacher",
+            "--budget_steps=3",
+            "--validations=1",
+        )
         result = command("train.py", *flags, project=project)
-        assert result.returncode == 0 and f"teacher: {expected} runs" in result.stdout, result.stdout + result.stderr
+        assert result.returncode == 0 and f"teacher: {expected} runs" in result.stdout, (
+            result.stdout + result.stderr
+        )
     stored = json.loads((tmp_path / "reusing" / "result.json").read_text())
     assert 0 < stored["free_seconds"] and stored["charged_seconds"] > 0
 
 
 def test_a_methods_work_is_charged_in_full(project, corpus_folder, tmp_path):
     add_methods(project, "burst")
-    result = command("train.py", *small_run(corpus_folder, tmp_path / "run", "--method=burst", "--budget_steps=12"), project=project)
+    result = command(
+        "train.py",
+        *small_run(corpus_folder, tmp_path / "run", "--method=burst", "--budget_steps=12"),
+        project=project,
+    )
     assert result.returncode == 0, result.stderr
     updates, _ = log_of(tmp_path / "run")
     assert updates[8]["charged_seconds"] >= 2
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert stored["stalls"] == 1 and stored["stall_seconds"] == updates[8]["charged_seconds"] and "(1 stalls: 2" in result.stdout
+    assert (
+        stored["stalls"] == 1
+        and stored["stall_seconds"] == updates[8]["charged_seconds"]
+        and "(1 stalls: 2" in result.stdout
+    )
 
 
 def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
-    """Two processes, of which one saves for a second after every update, and is ready a second later."""
+    """Two processes, of which one saves for a second after every update, and is ready a second
+    later."""
     script = textwrap.dedent("""
         import sys, time
         import model, train
@@ -1266,22 +1808,50 @@ def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
         train.main(sys.argv[1:])
         """)
     (tmp_path / "slow.py").write_text(script)
-    flags = small_run(corpus_folder, tmp_path / "run", "--budget_steps=4", "--threads=1", "--checkpoint_minutes=0.00001")
-    result = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "slow.py", *flags, env={"PYTHONPATH": str(ROOT)})
+    flags = small_run(
+        corpus_folder,
+        tmp_path / "run",
+        "--budget_steps=4",
+        "--threads=1",
+        "--checkpoint_minutes=0.00001",
+    )
+    result = command(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "slow.py",
+        *flags,
+        env={"PYTHONPATH": str(ROOT)},
+    )
     assert result.returncode == 0, result.stderr
     assert max(record["charged_seconds"] for record in log_of(tmp_path / "run")[0]) < 0.7
 
+
 def test_killed_and_resumed_equals_uninterrupted(project, corpus_folder, tmp_path):
     add_methods(project, "kill")
-    flags = ["--method=kill", "--budget_steps=12", "--validations=3", "--checkpoint_minutes=0.00001"]
-    plain = command("train.py", *small_run(corpus_folder, tmp_path / "plain", *flags), project=project)
+    flags = [
+        "--method=kill",
+        "--budget_steps=12",
+        "--validations=3",
+        "--checkpoint_minutes=0.00001",
+    ]
+    plain = command(
+        "train.py", *small_run(corpus_folder, tmp_path / "plain", *flags), project=project
+    )
     assert plain.returncode == 0, plain.stderr
-    result = command("train.py", *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=1,5,11"), project=project)
+    result = command(
+        "train.py",
+        *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=1,5,11"),
+        project=project,
+    )
     for _ in range(2):
         assert result.returncode == -signal.SIGKILL, result.stderr
         result = command("train.py", f"--resume={tmp_path / 'killed'}", project=project)
     assert result.returncode == -signal.SIGKILL
-    result = command("train.py", f"--resume={tmp_path / 'killed'}", "--checkpoint_minutes=10", project=project)
+    result = command(
+        "train.py", f"--resume={tmp_path / 'killed'}", "--checkpoint_minutes=10", project=project
+    )
     assert result.returncode == 0, result.stderr
     assert_same_weights(tmp_path / "plain", tmp_path / "killed")
     one, other = log_of(tmp_path / "plain"), log_of(tmp_path / "killed")
@@ -1293,47 +1863,87 @@ def test_killed_and_resumed_equals_uninterrupted(project, corpus_folder, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, number):
     add_methods(project, "kill")
-    flags = small_run(corpus_folder, tmp_path / "run", "--method=kill", "--budget_steps=6", f"--signal_number={int(number)}", "--kill_at=3")
+    flags = small_run(
+        corpus_folder,
+        tmp_path / "run",
+        "--method=kill",
+        "--budget_steps=6",
+        f"--signal_number={int(number)}",
+        "--kill_at=3",
+    )
     result = command("train.py", *flags, project=project)
-    assert result.returncode == 128 + number and "--resume=" in result.stdout and "Traceback" not in result.stderr
-    assert len(log_of(tmp_path / "run")[0]) == 4  # the update whose after_step was interrupted is whole
+    assert (
+        result.returncode == 128 + number
+        and "--resume=" in result.stdout
+        and "Traceback" not in result.stderr
+    )
+    # The update whose after_step was interrupted is whole.
+    assert len(log_of(tmp_path / "run")[0]) == 4
     again = command("train.py", *flags, project=project)
     assert again.returncode == 2 and "interrupted run" in again.stderr
     wrong = command("train.py", f"--resume={tmp_path / 'run'}", "--lr=3", project=project)
     assert wrong.returncode == 2 and "decides its result" in wrong.stderr
-    for flag, message in (("--micro_batch=0", "at least 1"), ("--device=tpu", "expected cpu"), ("--threads=-3", "at least 0")):
+    for flag, message in (
+        ("--micro_batch=0", "at least 1"),
+        ("--device=tpu", "expected cpu"),
+        ("--threads=-3", "at least 0"),
+    ):
         wrong = command("train.py", f"--resume={tmp_path / 'run'}", flag, project=project)
         assert wrong.returncode == 2 and message in wrong.stderr
     moved = shutil.move(tmp_path / "run", tmp_path / "moved")
     other_dtype = "--dtype=fp16" if number == signal.SIGTERM else "--dtype=fp32"
-    assert command("train.py", f"--resume={moved}", "--micro_batch=2", other_dtype, project=project).returncode == 0
+    assert (
+        command(
+            "train.py", f"--resume={moved}", "--micro_batch=2", other_dtype, project=project
+        ).returncode
+        == 0
+    )
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_in_the_last_update_finishes_the_run_and_stops_what_needed_it(project, corpus_folder, tmp_path):
+def test_a_signal_in_the_last_update_finishes_the_run_and_stops_what_needed_it(
+    project, corpus_folder, tmp_path
+):
     add_methods(project, "kill")
-    flags = small_run(corpus_folder, tmp_path / "run", "--method=kill", "--budget_steps=3", "--kill_at=2",
-                      f"--signal_number={int(signal.SIGTERM)}")  # fmt: skip
+    flags = small_run(
+        corpus_folder,
+        tmp_path / "run",
+        "--method=kill",
+        "--budget_steps=3",
+        "--kill_at=2",
+        f"--signal_number={int(signal.SIGTERM)}",
+    )
     result = command("train.py", *flags, project=project)
     assert result.returncode == 128 + signal.SIGTERM and "charged" in result.stdout
     assert (tmp_path / "run" / "result.json").exists()
 
 
-# -- The methods of the study --------------------------------------------------------------------------------------
+# -- The methods of the study ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def started(corpus_folder, t5_folder, tmp_path, monkeypatch):
-    """started(method, model, *flags): a method of a small run as the loop starts it, with its optimizer."""
+    """started(method, model, *flags): a method of a small run as the loop starts it, with its
+    optimizer."""
     monkeypatch.setattr(train, "ROOT", tmp_path)
 
     def start(name, model, *flags, prerequisites=None):
-        flags = small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / "run", f"--model={model}", f"--method={name}", *flags)
+        flags = small_run(
+            corpus_folder if model == "bert" else t5_folder,
+            tmp_path / "run",
+            f"--model={model}",
+            f"--method={name}",
+            *flags,
+        )
         config = train.resolve(train.parse(flags)[0])
         torch.manual_seed(config.seed)
         network = models.build(model, "tiny", 512)
-        clock = rst.Clock(rst.find_reference("this"), model, "cpu", budget_updates=config.budget_steps or 100)
-        method = methods.find(name).start(network, train.open_corpus(config), clock, config, prerequisites or {})
+        clock = rst.Clock(
+            rst.find_reference("this"), model, "cpu", budget_updates=config.budget_steps or 100
+        )
+        method = methods.find(name).start(
+            network, train.open_corpus(config), clock, config, prerequisites or {}
+        )
         network.present_layers = method.layers()
         return method, method.methods[name], method.optimizer_in_use
 
@@ -1341,13 +1951,19 @@ def started(corpus_folder, t5_folder, tmp_path, monkeypatch):
 
 
 def test_sophias_estimate_is_the_gauss_newton_diagonal():
-    """Of a softmax of W x with the mean cross-entropy: mean over the tokens of x_j^2 p_k (1 - p_k)."""
+    """Of a softmax of W x with the mean cross-entropy: mean over the tokens of x_j^2 p_k (1 -
+    p_k)."""
     torch.manual_seed(0)
     inputs, layer = torch.randn(4, 3, 5), nn.Linear(5, 6, bias=False)
     model = SimpleNamespace(
-        logits=lambda batch: layer(batch), parameters=layer.parameters, zero_grad=layer.zero_grad, layers=[],
-    )  # fmt: skip
-    corpus = SimpleNamespace(position=0, uniform=lambda *numbers: hash_of(0, *numbers).double() / 2**32)
+        logits=lambda batch: layer(batch),
+        parameters=layer.parameters,
+        zero_grad=layer.zero_grad,
+        layers=[],
+    )
+    corpus = SimpleNamespace(
+        position=0, uniform=lambda *numbers: hash_of(0, *numbers).double() / 2**32
+    )
 
     def draw(count, stream):
         assert stream == SECOND_STREAM
@@ -1355,18 +1971,36 @@ def test_sophias_estimate_is_the_gauss_newton_diagonal():
         return np.arange(corpus.position - count, corpus.position)
 
     corpus.draw = draw
-    config = SimpleNamespace(options=dict(clip_threshold=0.05, hessian_interval=1, hessian_batch=4, hessian_clip=0.0, free_extra_passes=False),
-                             batch=4, model="bert", micro_batch=3, beta2=0.99, device="cpu")  # fmt: skip
+    config = SimpleNamespace(
+        options=dict(
+            clip_threshold=0.05,
+            hessian_interval=1,
+            hessian_batch=4,
+            hessian_clip=0.0,
+            free_extra_passes=False,
+        ),
+        batch=4,
+        model="bert",
+        micro_batch=3,
+        beta2=0.99,
+        device="cpu",
+    )
     method = sophia.Sophia(model, corpus, None, config, {})
     state = {layer.weight: dict(momentum=torch.full((6, 5), 1e-3), hessian=torch.zeros(6, 5))}
     method.combination = SimpleNamespace(
-        inputs=lambda positions, stream: inputs[torch.as_tensor(positions) % 4], optimizer_in_use=SimpleNamespace(state=state)
+        inputs=lambda positions, stream: inputs[torch.as_tensor(positions) % 4],
+        optimizer_in_use=SimpleNamespace(state=state),
     )
     probabilities = layer(inputs).softmax(dim=-1).detach().double()
-    exact = torch.einsum("btk,btj->kj", probabilities * (1 - probabilities), inputs.double().square()) / 12
+    exact = (
+        torch.einsum("btk,btj->kj", probabilities * (1 - probabilities), inputs.double().square())
+        / 12
+    )
     total, errors = torch.zeros(6, 5, dtype=torch.float64), {}
     for sample in range(1, 4097):
-        (gradient,) = method.mean_gradients(corpus.draw(4, SECOND_STREAM), SECOND_STREAM, method.sampled_loss).values()
+        (gradient,) = method.mean_gradients(
+            corpus.draw(4, SECOND_STREAM), SECOND_STREAM, method.sampled_loss
+        ).values()
         (estimate,) = sophia.hessian_estimate([gradient], 12, 0.0)
         total += estimate
         if sample in (64, 512, 4096):
@@ -1380,7 +2014,10 @@ def test_sophias_estimate_is_the_gauss_newton_diagonal():
     hessian = state[layer.weight]["hessian"]
     torch.testing.assert_close(hessian, 0.01 * 12 * gradient**2)
     assert method.win_rate == (1e-3 < 0.05 * hessian).float().mean().item()
-    torch.testing.assert_close(sophia.hessian_estimate([gradient], 12, 0.01)[0], 12 * (gradient * 0.01 / (gradient.norm() + 1e-6)) ** 2)
+    torch.testing.assert_close(
+        sophia.hessian_estimate([gradient], 12, 0.01)[0],
+        12 * (gradient * 0.01 / (gradient.norm() + 1e-6)) ** 2,
+    )
 
 
 def test_labels_are_drawn_from_the_softmax():
@@ -1389,8 +2026,11 @@ def test_labels_are_drawn_from_the_softmax():
     labels = sophia.sample_labels(logits, uniform)
     shares = torch.bincount(labels.flatten(), minlength=5) / 200_000
     torch.testing.assert_close(shares, logits[0, 0].softmax(dim=-1), rtol=0, atol=0.004)
-    assert shares[4] == 0 and sophia.sample_labels(logits[:, :2], torch.tensor([[0.0, 1 - 2**-32]])).tolist() == [[3, 0]]
-    assert sophia.sample_labels(torch.full((1, 1, 5), math.nan), torch.tensor([[0.5]])).item() < 5  # the loss says that it is none
+    assert shares[4] == 0 and sophia.sample_labels(
+        logits[:, :2], torch.tensor([[0.0, 1 - 2**-32]])
+    ).tolist() == [[3, 0]]
+    # The loss says that it is none.
+    assert sophia.sample_labels(torch.full((1, 1, 5), math.nan), torch.tensor([[0.5]])).item() < 5
 
 
 def test_a_hessian_pass_that_is_not_finite_is_an_error(started):
@@ -1411,29 +2051,47 @@ def test_sophias_pass_touches_nothing_but_the_hessian(started):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         weights = [parameter.clone() for parameter in network.parameters()]
-        momentum = [optimizer.state[parameter]["momentum"].clone() for parameter in network.parameters()]
+        momentum = [
+            optimizer.state[parameter]["momentum"].clone() for parameter in network.parameters()
+        ]
         next_position = corpus.position[0]
         part.refresh_hessian()
-        assert corpus.position[0] == next_position and corpus.position[1] == part.rows == {"bert": 3, "t5": 6}[model]
+        assert (
+            corpus.position[0] == next_position
+            and corpus.position[1] == part.rows == {"bert": 3, "t5": 6}[model]
+        )
         for parameter, weight, moment in zip(network.parameters(), weights, momentum):
-            assert parameter.grad is None and torch.equal(parameter, weight) and torch.equal(optimizer.state[parameter]["momentum"], moment)
+            assert (
+                parameter.grad is None
+                and torch.equal(parameter, weight)
+                and torch.equal(optimizer.state[parameter]["momentum"], moment)
+            )
         assert all((state["hessian"] > 0).any() for state in optimizer.state.values())
 
 
 def bare_layer_drop(model, gamma, **options):
     """layer_drop on a stub of everything but the model."""
-    config = SimpleNamespace(options=dict(theta_bar=0.5, gamma=gamma, rescale=False) | options, device="cpu", model="bert")
+    config = SimpleNamespace(
+        options=dict(theta_bar=0.5, gamma=gamma, rescale=False) | options,
+        device="cpu",
+        model="bert",
+    )
     clock = SimpleNamespace(progress=0.0, updates=0)
     corpus = SimpleNamespace(uniform=lambda *numbers: hash_of(0, *numbers) / 2**32)
     return layer_drop.LayerDrop(model, corpus, clock, config, {})
 
 
-@pytest.mark.parametrize("present", [[0, 1, 2, 3], [0, 1]])  # the whole model, and one that stacking has not grown yet
+@pytest.mark.parametrize(
+    "present", [[0, 1, 2, 3], [0, 1]]
+)  # the whole model, and one that stacking has not grown yet
 @pytest.mark.parametrize("theta_bar", [0.5, 0.0])
 def test_layer_drop_keeps_as_its_formula_says(theta_bar, present):
     gamma, draws = 20.0, 30_000
-    method = bare_layer_drop(SimpleNamespace(layers=[None] * 4, present_layers=present), gamma, theta_bar=theta_bar)
-    assert all(method.draw(number, method.keep_probs()) == present for number in range(100))  # all of them at the start
+    method = bare_layer_drop(
+        SimpleNamespace(layers=[None] * 4, present_layers=present), gamma, theta_bar=theta_bar
+    )
+    # All of them at the start.
+    assert all(method.draw(number, method.keep_probs()) == present for number in range(100))
     for method.clock.updates, method.clock.progress in ((1, 0.02), (2, 1.0)):
         theta = theta_bar + (1 - theta_bar) * math.exp(-gamma * method.clock.progress)
         keep = np.array([1 - (i + 1) / len(present) * (1 - theta) for i in present])
@@ -1441,34 +2099,58 @@ def test_layer_drop_keeps_as_its_formula_says(theta_bar, present):
         groups = method.groups(np.arange(128 * draws, dtype=np.int32))
         drawn = [layers for _, layers in groups]
         counts = np.bincount(np.concatenate(drawn), minlength=len(present))
-        assert min(map(len, drawn)) >= 1 and len(groups) == draws and all(len(rows) == 128 for rows, _ in groups)
+        assert (
+            min(map(len, drawn)) >= 1
+            and len(groups) == draws
+            and all(len(rows) == 128 for rows, _ in groups)
+        )
         assert drawn[:9] == [layers for _, layers in method.groups(np.arange(128 * 9))]
-        assert (np.abs(counts / draws - keep) < 4.5 * np.sqrt(keep * (1 - keep) / draws) + 1e-12).all(), (counts / draws, keep)
+        assert (
+            np.abs(counts / draws - keep) < 4.5 * np.sqrt(keep * (1 - keep) / draws) + 1e-12
+        ).all(), (counts / draws, keep)
 
 
 def test_each_group_of_rows_has_layers_of_its_own(started, corpus_folder, tmp_path, monkeypatch):
-    """Three draws an update, as base has twelve; a rate of 0 keeps the weights where they can be known."""
+    """Three draws an update, as base has twelve; a rate of 0 keeps the weights where they can be
+    known."""
     monkeypatch.setattr(layer_drop, "ROWS_PER_DRAW", {"bert": 2})
     flags = ["--gamma=1000", "--lr=0", "--budget_steps=6", "--micro_batch=1"]
     method, part, _ = started("layer_drop", "bert", *flags)
-    train.main(small_run(corpus_folder, tmp_path / "looped", "--method=layer_drop", *flags, "--validations=1"))
+    train.main(
+        small_run(
+            corpus_folder, tmp_path / "looped", "--method=layer_drop", *flags, "--validations=1"
+        )
+    )
     updates, _ = log_of(tmp_path / "looped")
     for record in updates:
         part.clock.updates = record["update"] - 1
         groups = method.groups(np.arange(6 * part.clock.updates, 6 * record["update"]))
         assert [len(rows) for rows, _ in groups] == [2, 2, 2]
-        loss = sum(part.model.loss(part.corpus.batch(rows[i : i + 1]), layers) for rows, layers in groups for i in range(2)) / 6
+        loss = (
+            sum(
+                part.model.loss(part.corpus.batch(rows[i : i + 1]), layers)
+                for rows, layers in groups
+                for i in range(2)
+            )
+            / 6
+        )
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in part.model.parameters() if parameter.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in part.model.parameters() if parameter.grad is not None]
+        )
         part.model.zero_grad(set_to_none=True)
-        assert (record["loss"], record["gradient_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-5)
+        assert (record["loss"], record["gradient_norm"]) == pytest.approx(
+            (loss.item(), norm.item()), rel=1e-5
+        )
         assert record["layer_drop"]["layers"] == sum(len(layers) for _, layers in groups) / 3
     assert len({tuple(layers) for _, layers in groups}) > 1
 
 
 def test_one_graph_serves_all_layers_that_are_rescaled():
     """More layers than torch.compile makes versions of one function."""
-    model = models.BERT(models.BERTConfig(vocabulary_size=64, n_layers=12, d_model=8, n_heads=2, d_ff=8))
+    model = models.BERT(
+        models.BERTConfig(vocabulary_size=64, n_layers=12, d_model=8, n_heads=2, d_ff=8)
+    )
     method = bare_layer_drop(model, gamma=10.0, rescale=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -1487,7 +2169,9 @@ def test_one_graph_serves_all_layers_that_are_rescaled():
 
 def test_layer_drop_rescales_what_a_kept_layer_adds(started):
     for model in ("bert", "t5"):
-        method, part, _ = started("layer_drop", model, "--rescale", "--gamma=1000", "--theta_bar=0.5")
+        method, part, _ = started(
+            "layer_drop", model, "--rescale", "--gamma=1000", "--theta_bar=0.5"
+        )
         part.clock.updates = 50
         method.groups(np.arange(2))
         batch = part.corpus.batch(np.arange(2))
@@ -1499,28 +2183,43 @@ def test_layer_drop_rescales_what_a_kept_layer_adds(started):
             for name, parameter in part.model.layers[2].named_parameters():
                 if name.endswith("output.weight"):
                     parameter /= keep
-            torch.testing.assert_close(part.model.loss(batch, [2]), scaled.detach(), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                part.model.loss(batch, [2]), scaled.detach(), rtol=1e-6, atol=1e-6
+            )
         assert abs(scaled.item() - plain.item()) > 1e-5
-        method.after_step()  # a pass with gradients between updates, as Sophia's, is of the model that is evaluated
+        # A pass with gradients between updates, as Sophia's, is of the model that is evaluated.
+        method.after_step()
         assert part.model.loss(batch, [2]).item() == pytest.approx(scaled.item(), rel=1e-6)
 
 
 def test_selection_percentiles_equal_counts():
-    """The mean rank among equal losses, as scipy.stats.percentileofscore(kind="rank") defines it."""
+    """The mean rank among equal losses, as scipy.stats.percentileofscore(kind="rank") defines
+    it."""
     generator = np.random.default_rng(0)
     for size in (1, 7, 1000):
-        history = generator.integers(0, 50, size) / 7 if size < 1000 else generator.normal(size=size)
+        history = (
+            generator.integers(0, 50, size) / 7 if size < 1000 else generator.normal(size=size)
+        )
         losses = history[-5:]
         expected = []
         for loss in losses:
             below, equal = sum(old < loss for old in history), sum(old == loss for old in history)
             expected.append(sum(below + rank for rank in range(1, equal + 1)) / equal / size)
-        assert np.allclose(selective_backprop.percentiles(losses, history), expected, rtol=0, atol=1e-12)
+        assert np.allclose(
+            selective_backprop.percentiles(losses, history), expected, rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_selective_backprop_equals_the_literal_loop(started, beta):
-    method, part, _ = started("selective_backprop", "bert", f"--beta={beta}", "--loss_history=500", "--batch=50", "--selection_batch=20")
+    method, part, _ = started(
+        "selective_backprop",
+        "bert",
+        f"--beta={beta}",
+        "--loss_history=500",
+        "--batch=50",
+        "--selection_batch=20",
+    )
     losses = np.random.default_rng(1).gamma(2.0, size=60_000)
     part.row_losses = lambda positions: losses[positions]
     history, waiting, position = collections.deque(maxlen=500), [], 0
@@ -1531,9 +2230,15 @@ def test_selective_backprop_equals_the_literal_loop(started, beta):
             position += 20
             history.extend(losses[i] for i in group)
             for i in group:
-                below, equal = sum(old < losses[i] for old in history), sum(old == losses[i] for old in history)
+                below, equal = (
+                    sum(old < losses[i] for old in history),
+                    sum(old == losses[i] for old in history),
+                )
                 probability = ((below + (equal + 1) / 2) / len(history)) ** beta
-                if hash_of(part.corpus.seed, selective_backprop.ACCEPTANCE, i) / 2**32 < probability:
+                if (
+                    hash_of(part.corpus.seed, selective_backprop.ACCEPTANCE, i) / 2**32
+                    < probability
+                ):
                     waiting.append(i)
         assert method.next_batch().tolist() == waiting[:50]
         waiting = waiting[50:]
@@ -1541,27 +2246,41 @@ def test_selective_backprop_equals_the_literal_loop(started, beta):
         candidates, accepted = candidates + report["candidates"], accepted + report["accepted"]
         assert report["waiting"] == len(waiting) and part.corpus.position[0] == position
     share = 1 / (1 + beta)
-    print(f"selective backprop, beta {beta}: accepted {accepted / candidates:.4f} of {candidates}, 1 / (1 + beta) is {share:.4f}")
-    assert accepted / candidates == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / candidates) + 0.5 / 500)
+    print(
+        f"selective backprop, beta {beta}: accepted {accepted / candidates:.4f} of {candidates}, 1 "
+        f"/ (1 + beta) is {share:.4f}"
+    )
+    assert accepted / candidates == pytest.approx(
+        share, abs=4 * math.sqrt(share * (1 - share) / candidates) + 0.5 / 500
+    )
 
 
 def test_rho_trains_on_the_largest_differences(started):
     generator = np.random.default_rng(2)
     theirs = SimpleNamespace()
-    method, part, _ = started("rho", "bert", "--mega_batch_factor=5", "--batch=40", prerequisites={rho.MODEL: theirs})
+    method, part, _ = started(
+        "rho", "bert", "--mega_batch_factor=5", "--batch=40", prerequisites={rho.MODEL: theirs}
+    )
     training, irreducible = generator.normal(size=(2, 2000)).round(1)  # with ties
-    part.row_losses = lambda positions, model=None: (irreducible if model is theirs else training)[positions]
+    part.row_losses = lambda positions, model=None: (irreducible if model is theirs else training)[
+        positions
+    ]
     for update in range(10):
         candidates = list(range(200 * update, 200 * (update + 1)))
-        by_score = sorted(candidates, key=lambda i: irreducible[i] - training[i])  # stable: the earlier of equals
+        # Stable: the earlier of equals.
+        by_score = sorted(candidates, key=lambda i: irreducible[i] - training[i])
         assert method.next_batch().tolist() == sorted(by_score[:40])
-    assert part.report()["chosen_score"] == pytest.approx(np.mean([training[i] - irreducible[i] for i in by_score[:40]]))
+    assert part.report()["chosen_score"] == pytest.approx(
+        np.mean([training[i] - irreducible[i] for i in by_score[:40]])
+    )
 
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_row_losses_are_those_of_the_rows(started, model):
     method, part, _ = started("rho", model, "--micro_batch=3", prerequisites={})
-    expected = [part.model.loss(part.corpus.batch(np.array([position]))).item() for position in range(5, 12)]
+    expected = [
+        part.model.loss(part.corpus.batch(np.array([position]))).item() for position in range(5, 12)
+    ]
     assert part.row_losses(np.arange(5, 12)).tolist() == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
         next(part.model.parameters()).fill_(math.nan)
@@ -1572,7 +2291,13 @@ def test_row_losses_are_those_of_the_rows(started, model):
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset", "copy"])
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_stacking_doubles_the_model(started, model, optimizer_state):
-    method, part, optimizer = started("stacking", model, "--growth_times=0.2,0.5", f"--optimizer_state={optimizer_state}", "--budget_steps=10")
+    method, part, optimizer = started(
+        "stacking",
+        model,
+        "--growth_times=0.2,0.5",
+        f"--optimizer_state={optimizer_state}",
+        "--budget_steps=10",
+    )
     network, batch = part.model, part.corpus.batch(np.arange(3))
     method.begin_update()
     assert method.layers() == [0]
@@ -1588,9 +2313,16 @@ def test_stacking_doubles_the_model(started, model, optimizer_state):
     assert network.loss(batch, [0, 1]).item() == by_hand != before
     for old, new in zip(network.layers[0].parameters(), network.layers[1].parameters()):
         assert torch.equal(old, new) and old is not new
-        assert (old in optimizer.state, new in optimizer.state) == {"keep": (True, False), "reset": (False, False), "copy": (True, True)}[optimizer_state]
+        assert (old in optimizer.state, new in optimizer.state) == {
+            "keep": (True, False),
+            "reset": (False, False),
+            "copy": (True, True),
+        }[optimizer_state]
         if optimizer_state == "copy":
-            assert torch.equal(optimizer.state[old]["exp_avg"], optimizer.state[new]["exp_avg"]) and optimizer.state[old]["exp_avg"] is not optimizer.state[new]["exp_avg"]
+            assert (
+                torch.equal(optimizer.state[old]["exp_avg"], optimizer.state[new]["exp_avg"])
+                and optimizer.state[old]["exp_avg"] is not optimizer.state[new]["exp_avg"]
+            )
     if optimizer_state != "reset":
         assert torch.equal(optimizer.state[next(network.layers[0].parameters())]["exp_avg"], moment)
     optimizer.zero_grad()
@@ -1600,7 +2332,9 @@ def test_stacking_doubles_the_model(started, model, optimizer_state):
     part.clock.updates = 5
     method.begin_update()
     assert method.layers() == [0, 1, 2, 3] and network.loss(batch, [0, 1, 2, 3]).item() == by_hand
-    again = type(part)(*(getattr(part, name) for name in ("model", "corpus", "clock", "config", "finished_models")))
+    again = type(part)(
+        *(getattr(part, name) for name in ("model", "corpus", "clock", "config", "finished_models"))
+    )
     again.load_state_dict(part.state_dict())
     assert again.layers() == [0, 1, 2, 3]
 
@@ -1609,21 +2343,38 @@ class Killed(BaseException):
     """A process that is gone."""
 
 
-# -- The contract: what every file in methods/ keeps to, a forker's own included --------------------------
+# -- The contract: what every file in methods/ keeps to, a forker's own included -------------------
 
-NARROW = dict(n_layers=4, d_model=64, n_heads=2, d_ff=96)  # tiny's layers, of a width at which saving takes no time
-EVERY_METHOD = [(name, model) for name in methods.names() for model in methods.find(name).classes[name].models]
+# Tiny's layers, of a width at which saving takes no time.
+NARROW = dict(n_layers=4, d_model=64, n_heads=2, d_ff=96)
+EVERY_METHOD = [
+    (name, model) for name in methods.names() for model in methods.find(name).classes[name].models
+]
 
 
 @pytest.fixture(scope="session")
 def contract(corpus_folder, t5_folder, tmp_path_factory):
-    """contract(name, model, variant, *flags): the folder of a run of 12 updates of 8 rows, made once. Runs share what they need first."""
+    """contract(name, model, variant, *flags): the folder of a run of 12 updates of 8 rows, made
+    once. Runs share what they need first."""
     root = tmp_path_factory.mktemp("contract")
 
     def flags_of(name, model, variant, *flags):
-        recipe = ["--batch=8", "--lr=0.0005", "--budget_steps=12", "--validations=2", "--checkpoint_minutes=0.00001"]
+        recipe = [
+            "--batch=8",
+            "--lr=0.0005",
+            "--budget_steps=12",
+            "--validations=2",
+            "--checkpoint_minutes=0.00001",
+        ]
         data = corpus_folder if model == "bert" else t5_folder
-        return small_run(data, root / f"{name}-{model}-{variant}", f"--model={model}", f"--method={name}", *recipe, *flags)
+        return small_run(
+            data,
+            root / f"{name}-{model}-{variant}",
+            f"--model={model}",
+            f"--method={name}",
+            *recipe,
+            *flags,
+        )
 
     def run(name, model, variant="plain", *flags):
         folder = root / f"{name}-{model}-{variant}"
@@ -1631,7 +2382,11 @@ def contract(corpus_folder, t5_folder, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "ROOT", root)
                 patch.setitem(models.SIZES[model], "tiny", NARROW)
-                train.main(flags_of(name, model, variant, *flags) if not (folder / "config.json").exists() else [f"--resume={folder}"])
+                train.main(
+                    flags_of(name, model, variant, *flags)
+                    if not (folder / "config.json").exists()
+                    else [f"--resume={folder}"]
+                )
         return folder
 
     run.root, run.flags_of = root, flags_of
@@ -1646,14 +2401,18 @@ def reports_of(folder, combination):
     """{method, name and update: number} of all that methods reported."""
     return {
         (method, name, record["update"]): number
-        for record in log_of(folder)[0] for method in combination.split("+") for name, number in record.get(method, {}).items()
-    }  # fmt: skip
+        for record in log_of(folder)[0]
+        for method in combination.split("+")
+        for name, number in record.get(method, {}).items()
+    }
 
 
 def assert_alike(one, other, combination, message):
     """Two runs' losses and reports within rounding."""
     assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-3), f"{message}: loss"
-    assert reports_of(one, combination) == pytest.approx(reports_of(other, combination), rel=1e-3, abs=1e-3), f"{message}: report"
+    assert reports_of(one, combination) == pytest.approx(
+        reports_of(other, combination), rel=1e-3, abs=1e-3
+    ), f"{message}: report"
 
 
 def assert_two_processes_are_one(two, one, combination):
@@ -1667,20 +2426,37 @@ def test_contract_declarations(name):
     """Options and defaults are real flags, and no hook is misspelt."""
     combination = methods.find(name)
     (cls,) = combination.classes.values()
-    assert sys.modules[cls.__module__].__doc__, "a method file opens with paper, idea, cost, finding, deviation"
+    assert sys.modules[cls.__module__].__doc__, (
+        "a method file opens with paper, idea, cost, finding, deviation"
+    )
     for attribute in set(vars(cls)) - set(dir(Method)):
-        meant = difflib.get_close_matches(attribute, [hook for hook in dir(Method) if hook[0] != "_"], 1, cutoff=0.85)
-        assert not meant, f"{attribute} is no hook; is {meant[0]} meant? If not, choose another name"
-    assert (cls.state_dict is Method.state_dict) == (cls.load_state_dict is Method.load_state_dict), "a resumed run needs both"
+        meant = difflib.get_close_matches(
+            attribute, [hook for hook in dir(Method) if hook[0] != "_"], 1, cutoff=0.85
+        )
+        assert not meant, (
+            f"{attribute} is no hook; is {meant[0]} meant? If not, choose another name"
+        )
+    assert (cls.state_dict is Method.state_dict) == (
+        cls.load_state_dict is Method.load_state_dict
+    ), "a resumed run needs both"
     common = {field.name: field for field in dataclasses.fields(train.Config)}
     for flag, option in cls.options.items():
         assert flag.isidentifier() and isinstance(option, Option) and flag not in common, flag
-        assert isinstance(option.default, (bool, int, float, str)) and (not option.choices or option.default in option.choices), flag
+        assert isinstance(option.default, (bool, int, float, str)) and (
+            not option.choices or option.default in option.choices
+        ), flag
     open_flags = {flag for flag, field in common.items() if field.default is None}
-    for model, sizes in [*cls.defaults.items(), *((model, {"base": off}) for model, off in cls.turned_off.items())]:
-        assert model in cls.models and set(sizes) <= {"base", "small", "tiny"}, f"expected {{model: {{size: {{flag: value}}}}}}: {model}"
+    for model, sizes in [
+        *cls.defaults.items(),
+        *((model, {"base": off}) for model, off in cls.turned_off.items()),
+    ]:
+        assert model in cls.models and set(sizes) <= {"base", "small", "tiny"}, (
+            f"expected {{model: {{size: {{flag: value}}}}}}: {model}"
+        )
         for values in sizes.values():
-            assert set(values) <= open_flags | set(cls.options), f"{set(values) - open_flags - set(cls.options)} are no flags"
+            assert set(values) <= open_flags | set(cls.options), (
+                f"{set(values) - open_flags - set(cls.options)} are no flags"
+            )
 
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
@@ -1691,7 +2467,11 @@ def test_contract_trains_and_resumes_bit_for_bit(contract, monkeypatch, name, mo
     monkeypatch.setitem(models.SIZES[model], "tiny", NARROW)
     torch.manual_seed(0)
     fresh = models.build(model, "tiny", 512).state_dict()
-    assert all(not torch.equal(fresh[key], value) for key, value in weights_of(plain).items() if value.dim() == 2)
+    assert all(
+        not torch.equal(fresh[key], value)
+        for key, value in weights_of(plain).items()
+        if value.dim() == 2
+    )
     charge, kill_in = rst.Clock.charge, [5, 8]  # before and after stacking has grown
 
     def charge_or_die(self, *arguments):
@@ -1705,17 +2485,32 @@ def test_contract_trains_and_resumes_bit_for_bit(contract, monkeypatch, name, mo
         with pytest.raises(Killed):
             contract(name, model, "killed")
     killed = contract(name, model, "killed")
-    assert_same_weights(plain, killed, "a resumed run ends with other weights: is something missing from state_dict?")
+    assert_same_weights(
+        plain,
+        killed,
+        "a resumed run ends with other weights: is something missing from state_dict?",
+    )
     timing = {"charged_seconds", "free_seconds", "spent_seconds", "factor"}
-    one, other = ([{key: value for key, value in record.items() if key not in timing} for record in log_of(folder)[0]] for folder in (plain, killed))
-    assert one == other, "a resumed run logs something else: is something missing from state_dict, or not reset?"
+    one, other = (
+        [
+            {key: value for key, value in record.items() if key not in timing}
+            for record in log_of(folder)[0]
+        ]
+        for folder in (plain, killed)
+    )
+    assert one == other, (
+        "a resumed run logs something else: is something missing from state_dict, or not reset?"
+    )
 
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
 def test_contract_validation_is_the_models_own(contract, name, model):
     """What result.json says, computed from what was saved."""
     folder = contract(name, model)
-    result, saved = json.loads((folder / "result.json").read_text()), models.load(folder / "model.pt")
+    result, saved = (
+        json.loads((folder / "result.json").read_text()),
+        models.load(folder / "model.pt"),
+    )
     corpus = train.open_corpus(train.config_of(folder))
     assert train.validate(saved, corpus, 8) == pytest.approx(result["validation_loss"], rel=1e-5)
 
@@ -1724,17 +2519,31 @@ def test_contract_validation_is_the_models_own(contract, name, model):
 def test_contract_micro_batch_and_free_passes_change_nothing(contract, name, model):
     plain, other = contract(name, model), contract(name, model, "micro_batch", "--micro_batch=3")
     assert_alike(other, plain, name, "another micro-batch does something else")
-    if "free_extra_passes" in methods.find(name).options:  # no weights may change in a free block: the clock looks
+    # No weights may change in a free block: the clock looks.
+    if "free_extra_passes" in methods.find(name).options:
         free = contract(name, model, "free", "--free_extra_passes")
         assert_same_weights(plain, free)
         assert json.loads((free / "result.json").read_text())["free_seconds"] > 0
 
 
-@pytest.mark.parametrize("name, model", [(name, model) for name, model in EVERY_METHOD if methods.find(name).classes[name].turned_off.get(model)])
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        (name, model)
+        for name, model in EVERY_METHOD
+        if methods.find(name).classes[name].turned_off.get(model)
+    ],
+)
 def test_contract_turned_off_is_the_baseline(contract, name, model):
     values = methods.find(name).classes[name].turned_off[model]
-    recipe = {flag: value for flag, value in methods.find("baseline").defaults(model, "tiny").items() if flag not in ("lr", "batch", "schedule")}
-    off = contract(name, model, "off", *(f"--{flag}={value}" for flag, value in (recipe | values).items()))
+    recipe = {
+        flag: value
+        for flag, value in methods.find("baseline").defaults(model, "tiny").items()
+        if flag not in ("lr", "batch", "schedule")
+    }
+    off = contract(
+        name, model, "off", *(f"--{flag}={value}" for flag, value in (recipe | values).items())
+    )
     assert_same_weights(contract("baseline", model), off, f"turned off, {name} is not the baseline")
 
 
@@ -1755,7 +2564,8 @@ for number, flags in enumerate(flags_of_all):
         train.start_processes(config)
     train.train(config, Path(config.out), resume=(Path(config.out) / "config.json").exists())
     sums = rst.fingerprint(clocks[-1].weights)[1]
-    (Path(config.out) / f"weights-of-process-{parallel.process()}.json").write_text(json.dumps(sums))
+    name = f"weights-of-process-{parallel.process()}.json"
+    (Path(config.out) / name).write_text(json.dumps(sums))
     parallel.wait_for_all()
 """
 
@@ -1765,14 +2575,25 @@ def in_two_processes(tmp_path, root, runs):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     (tmp_path / "runs.json").write_text(json.dumps([runs, NARROW]))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = command(*launch, tmp_path / "script.py", root, tmp_path / "runs.json", env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    result = command(
+        *launch,
+        tmp_path / "script.py",
+        root,
+        tmp_path / "runs.json",
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="session")
 def runs_in_two_processes(contract, request, tmp_path_factory):
-    """Those of all selected tests, by the same two processes: starting them takes longer than a run."""
-    selected = [item.callspec.params for item in request.session.items if "runs_in_two_processes" in item.fixturenames]
+    """Those of all selected tests, by the same two processes: starting them takes longer than a
+    run."""
+    selected = [
+        item.callspec.params
+        for item in request.session.items
+        if "runs_in_two_processes" in item.fixturenames
+    ]
     selected = [(params["name"], params["model"]) for params in selected]
     for name, model in selected:
         contract(name, model)  # with what it needs first
@@ -1782,7 +2603,9 @@ def runs_in_two_processes(contract, request, tmp_path_factory):
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
 def test_contract_two_processes_are_one(contract, runs_in_two_processes, name, model):
-    assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")), name)
+    assert_two_processes_are_one(
+        *(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")), name
+    )
 
 
 COMBINATIONS = {
@@ -1797,7 +2620,8 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_methods_combine_and_resume(contract, monkeypatch, tmp_path, model):
-    """Killed and resumed the same bits; with two processes, saved on the way, the same within rounding."""
+    """Killed and resumed the same bits; with two processes, saved on the way, the same within
+    rounding."""
     charge, kill_in = rst.Clock.charge, []
 
     def charge_or_die(self, *arguments):
@@ -1813,22 +2637,35 @@ def test_methods_combine_and_resume(contract, monkeypatch, tmp_path, model):
         with pytest.raises(Killed):
             contract(name, model, "killed", *flags)
         assert_same_weights(plain, contract(name, model, "killed", *flags))
-    in_two_processes(tmp_path, contract.root, [contract.flags_of(name, model, "two", "--threads=1", *flags) for name, flags in COMBINATIONS.items()])
+    in_two_processes(
+        tmp_path,
+        contract.root,
+        [
+            contract.flags_of(name, model, "two", "--threads=1", *flags)
+            for name, flags in COMBINATIONS.items()
+        ],
+    )
     for name in COMBINATIONS:
-        assert_two_processes_are_one(*(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")), name)
+        assert_two_processes_are_one(
+            *(contract.root / f"{name}-{model}-{variant}" for variant in ("two", "plain")), name
+        )
 
 
 def test_methods_that_claim_one_hook_do_not_combine():
     for name, message in (
         ("lion+sophia", r"lion and sophia both update the weights \(optimizer\)"),
         ("rho+selective_backprop", "rho and selective_backprop both choose the rows"),
-        ("length_warmup+mask_schedule", "length_warmup and mask_schedule both choose what is read of a row"),
+        (
+            "length_warmup+mask_schedule",
+            "length_warmup and mask_schedule both choose what is read of a row",
+        ),
         ("token_rho+token_dropping", "token_rho and token_dropping both define the loss"),
         ("wsd+schedule_free", "wsd and schedule_free both set the learning rate"),
         ("lawa+schedule_free", "lawa and schedule_free both choose the weights that are evaluated"),
     ):
         with pytest.raises(UserError, match=message):
             methods.find(name)
+
 
 def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypatch):
     """By a clock on which only such a pass takes time: a second, exactly."""
@@ -1841,7 +2678,9 @@ def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypat
 
         def wrapper(self, *arguments):
             seconds[0] += 1
-            passes["always free" if place == "row_losses" and len(arguments) == 2 else "extra"] += 1  # rho's other model
+            passes["always free" if place == "row_losses" and len(arguments) == 2 else "extra"] += (
+                1  # rho's other model
+            )
             return original(self, *arguments)
 
         return wrapper
@@ -1853,11 +2692,24 @@ def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypat
         for free in ([], ["--free_extra_passes"]):
             passes.clear()
             out = tmp_path / f"{name}{free}"
-            result = train.main(small_run(corpus_folder, out, f"--method={name}", "--budget_steps=6", "--validations=1", *flags, *free))
+            result = train.main(
+                small_run(
+                    corpus_folder,
+                    out,
+                    f"--method={name}",
+                    "--budget_steps=6",
+                    "--validations=1",
+                    *flags,
+                    *free,
+                )
+            )
             losses.append([record["loss"] for record in log_of(out)[0]])
             assert passes["extra"] >= 3 and passes["always free"] == (6 if name == "rho" else 0)
             charged, uncharged = (0, passes["extra"]) if free else (passes["extra"], 0)
-            assert (result["charged_seconds"], result["free_seconds"]) == (charged, uncharged + passes["always free"])
+            assert (result["charged_seconds"], result["free_seconds"]) == (
+                charged,
+                uncharged + passes["always free"],
+            )
         assert losses[0] == losses[1]
 
 
@@ -1865,39 +2717,78 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
     monkeypatch.setattr(train, "ROOT", tmp_path)
 
     def run(*flags):
-        flags = small_run(corpus_folder, tmp_path / str(len(flags)), "--method=rho", "--validations=1", *flags)
+        flags = small_run(
+            corpus_folder, tmp_path / str(len(flags)), "--method=rho", "--validations=1", *flags
+        )
         result = train.main(flags)
         return capsys.readouterr().out, result["prerequisites"][rho.MODEL]
 
     out, cost = run("--budget_steps=3")
-    assert "irreducible_loss_model: training" in out and "not charged" in out and cost["updates"] == 3 and cost["charged_seconds"] > 0
+    assert (
+        "irreducible_loss_model: training" in out
+        and "not charged" in out
+        and cost["updates"] == 3
+        and cost["charged_seconds"] > 0
+    )
     out, _ = run("--budget_steps=3", "--seed=1")
     assert "irreducible_loss_model: reusing" in out
-    out, _ = run("--budget_steps=3", "--lr=0.0001", "--clip=2")  # its recipe is the baseline's, whatever the run's
+    # Its recipe is the baseline's, whatever the run's.
+    out, _ = run("--budget_steps=3", "--lr=0.0001", "--clip=2")
     assert "irreducible_loss_model: reusing" in out
     out, _ = run("--budget_steps=4", "--lr=0.0001", "--clip=2", "--seed=3")
     assert "irreducible_loss_model: training" in out
     (folder, _) = sorted((tmp_path / "runs").iterdir())
-    (tmp_path / "other.txt").write_text("\n\n".join(words_text(seed, 100) for seed in range(1000, 1200)))
+    (tmp_path / "other.txt").write_text(
+        "\n\n".join(words_text(seed, 100) for seed in range(1000, 1200))
+    )
     stored = json.loads((folder / "config.json").read_text())
     shutil.copytree(corpus_folder, tmp_path / "again")
-    out, _ = run("--budget_steps=3", "--validation_rows=9", "--clip=1", f"--data={tmp_path / 'again'}", "--batch=5")
+    out, _ = run(
+        "--budget_steps=3",
+        "--validation_rows=9",
+        "--clip=1",
+        f"--data={tmp_path / 'again'}",
+        "--batch=5",
+    )
     assert "irreducible_loss_model: training" in out
     prepare.prepare("again", str(tmp_path / "other.txt"), 512, folder=tmp_path / "again")
-    out, _ = run("--budget_steps=3", "--validation_rows=9", "--clip=1", f"--data={tmp_path / 'again'}", "--batch=5", "--seed=1")
+    out, _ = run(
+        "--budget_steps=3",
+        "--validation_rows=9",
+        "--clip=1",
+        f"--data={tmp_path / 'again'}",
+        "--batch=5",
+        "--seed=1",
+    )
     assert "irreducible_loss_model: training" in out  # the same plan, but other text
-    assert stored["method"] == "baseline" and stored["train_on"] == "holdout" and stored["seed"] == 0
+    assert (
+        stored["method"] == "baseline" and stored["train_on"] == "holdout" and stored["seed"] == 0
+    )
 
 
 def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
     """As it stands there; killed and resumed, with another option, next to one of the six."""
-    (example,) = re.findall(r"```python\n(\"\"\"Largest loss.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(\"\"\"Largest loss.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     (project / "methods" / "largest_loss.py").write_text(example)
     add_methods(project, "kill")
-    flags = ["--method=largest_loss+lion+kill", "--candidates=4", "--budget_steps=6", "--checkpoint_minutes=0.00001", "--validations=1"]
-    plain = command("train.py", *small_run(corpus_folder, tmp_path / "plain", *flags), project=project)
+    flags = [
+        "--method=largest_loss+lion+kill",
+        "--candidates=4",
+        "--budget_steps=6",
+        "--checkpoint_minutes=0.00001",
+        "--validations=1",
+    ]
+    plain = command(
+        "train.py", *small_run(corpus_folder, tmp_path / "plain", *flags), project=project
+    )
     assert plain.returncode == 0 and "clip 1," in plain.stdout, plain.stdout + plain.stderr
-    killed = command("train.py", *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=4"), project=project)
+    killed = command(
+        "train.py",
+        *small_run(corpus_folder, tmp_path / "killed", *flags, "--kill_at=4"),
+        project=project,
+    )
     resumed = command("train.py", f"--resume={tmp_path / 'killed'}", project=project)
     assert killed.returncode == -signal.SIGKILL and resumed.returncode == 0, resumed.stderr
     assert_same_weights(tmp_path / "plain", tmp_path / "killed")
@@ -1906,19 +2797,48 @@ def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("name, model", [("layer_drop+lion --rescale --gamma=30", "bert"), ("stacking --growth_times=0.3,0.6", "t5")])
-def test_layers_that_come_and_go_are_not_compiled_again(corpus_folder, t5_folder, tmp_path, name, model):
-    flags = [f"--model={model}", *f"--method={name}".split(), "--compile", "--budget_steps=10", "--validations=1"]
-    result = command("train.py", *small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / "run", *flags))
+@pytest.mark.parametrize(
+    "name, model",
+    [("layer_drop+lion --rescale --gamma=30", "bert"), ("stacking --growth_times=0.3,0.6", "t5")],
+)
+def test_layers_that_come_and_go_are_not_compiled_again(
+    corpus_folder, t5_folder, tmp_path, name, model
+):
+    flags = [
+        f"--model={model}",
+        *f"--method={name}".split(),
+        "--compile",
+        "--budget_steps=10",
+        "--validations=1",
+    ]
+    result = command(
+        "train.py",
+        *small_run(corpus_folder if model == "bert" else t5_folder, tmp_path / "run", *flags),
+    )
     assert result.returncode == 0, result.stderr
     updates, _ = log_of(tmp_path / "run")
-    assert len({record[name.split("+")[0].split()[0]]["layers"] for record in updates}) >= 3 and [record["compilations"] for record in updates] == [0] * 10
+    assert (
+        len({record[name.split("+")[0].split()[0]]["layers"] for record in updates}) >= 3
+        and [record["compilations"] for record in updates] == [0] * 10
+    )
 
 
-def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, corpus_folder, tmp_path):
+def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(
+    project, corpus_folder, tmp_path
+):
     add_methods(project, "halved")
     for name in ("baseline", "halved"):
-        result = command("train.py", *small_run(corpus_folder, tmp_path / name, f"--method={name}", "--budget_steps=5", "--validations=5"), project=project)
+        result = command(
+            "train.py",
+            *small_run(
+                corpus_folder,
+                tmp_path / name,
+                f"--method={name}",
+                "--budget_steps=5",
+                "--validations=5",
+            ),
+            project=project,
+        )
         assert result.returncode == 0, result.stderr
     one, other = log_of(tmp_path / "baseline"), log_of(tmp_path / "halved")
     assert [record["loss"] for record in one[0]] == [record["loss"] for record in other[0]]
@@ -1926,11 +2846,13 @@ def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(project, 
     assert all(torch.equal(saved[name], trained[name] / 2) for name in trained)
     model = models.load(tmp_path / "halved" / "model.pt")
     corpus = Corpus(corpus_folder, row_length=32, validation_rows=20)
-    assert train.validate(model, corpus, 6) == pytest.approx(other[1][-1]["validation_loss"], rel=1e-6)
+    assert train.validate(model, corpus, 6) == pytest.approx(
+        other[1][-1]["validation_loss"], rel=1e-6
+    )
     assert one[1][-1]["validation_loss"] != other[1][-1]["validation_loss"]
 
 
-# -- The newer methods, each next to an independent one ---------------------------------------------------
+# -- The newer methods, each next to an independent one --------------------------------------------
 
 
 def random_gradients(parameters, generator):
@@ -1942,9 +2864,12 @@ def test_orthogonalised_is_nearly_the_polar_factor():
     torch.manual_seed(0)
     for shape in ((5, 48, 32), (3, 32, 48), (2, 40, 40)):
         u, values, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-        matrices = u @ torch.diag_embed(torch.linspace(0.2, 1.0, values.shape[1]).expand_as(values)) @ v
+        matrices = (
+            u @ torch.diag_embed(torch.linspace(0.2, 1.0, values.shape[1]).expand_as(values)) @ v
+        )
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-            values = u.mT @ muon.orthogonalise(matrices, dtype).float() @ v.mT  # diagonal, where the singular vectors stay
+            # Diagonal, where the singular vectors stay.
+            values = u.mT @ muon.orthogonalise(matrices, dtype).float() @ v.mT
             diagonal = values.diagonal(dim1=1, dim2=2)
             assert (values - torch.diag_embed(diagonal)).abs().max() < tolerance
             assert 0.4 < diagonal.min() and diagonal.max() < 1.3 and 0.8 < diagonal.mean() < 1.1
@@ -1952,18 +2877,41 @@ def test_orthogonalised_is_nearly_the_polar_factor():
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_muon_equals_torchs(started, monkeypatch, model):
-    """torch.optim.Muon on the hidden matrices and AdamW on the rest, with layers that miss updates; T5's without RMS scaling."""
+    """torch.optim.Muon on the hidden matrices and AdamW on the rest, with layers that miss updates;
+    T5's without RMS scaling."""
     monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.bfloat16)
-    method, part, optimizer = started("muon", model, "--weight_decay=0.1", "--rms_scaling=false", "--lr=0.01")
+    method, part, optimizer = started(
+        "muon", model, "--weight_decay=0.1", "--rms_scaling=false", "--lr=0.01"
+    )
     ours = dict(part.model.named_parameters())
     theirs = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in ours.items()}
     before = {name: parameter.detach().clone() for name, parameter in ours.items()}
     hidden = {name for name in ours if name.startswith("layers.") and ours[name].dim() == 2}
     config, peers = part.config, []
-    peers.append(torch.optim.Muon([theirs[name] for name in hidden], lr=1.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    peers.append(
+        torch.optim.Muon(
+            [theirs[name] for name in hidden],
+            lr=1.0,
+            weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    )
     for weight_decay, dims in ((0.1, (2,)), (0.0, (0, 1))):
-        rest = [parameter for name, parameter in theirs.items() if name not in hidden and parameter.dim() in dims]
-        peers.append(torch.optim.AdamW(rest, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=weight_decay, fused=True))
+        rest = [
+            parameter
+            for name, parameter in theirs.items()
+            if name not in hidden and parameter.dim() in dims
+        ]
+        peers.append(
+            torch.optim.AdamW(
+                rest,
+                lr=1.0,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                weight_decay=weight_decay,
+                fused=True,
+            )
+        )
     generator = torch.Generator().manual_seed(0)
     for update in range(6):
         if update == 3:
@@ -1972,14 +2920,21 @@ def test_muon_equals_torchs(started, monkeypatch, model):
         for name, parameter in ours.items():
             gradient = torch.randn(parameter.shape, generator=generator)
             missing = name.startswith("layers.3.") and update < 2
-            parameter.grad, theirs[name].grad = (None, None) if missing else (gradient, gradient.clone())
-        for group in (*optimizer.param_groups, *(group for peer in peers for group in peer.param_groups)):
+            parameter.grad, theirs[name].grad = (
+                (None, None) if missing else (gradient, gradient.clone())
+            )
+        for group in (
+            *optimizer.param_groups,
+            *(group for peer in peers for group in peer.param_groups),
+        ):
             group["lr"] = lr
         for one in (optimizer, *peers):
             one.step()
     for name in ours:
         moved = (theirs[name] - before[name]).norm()
-        assert (ours[name] - theirs[name]).norm() <= (0.01 if name in hidden else 1e-6) * moved, name
+        assert (ours[name] - theirs[name]).norm() <= (0.01 if name in hidden else 1e-6) * moved, (
+            name
+        )
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -1988,10 +2943,20 @@ def test_schedule_free_equals_the_package(cls, weight_decay):
     import schedulefree
 
     generator = torch.Generator().manual_seed(0)
-    ours, theirs = ([nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for shape in ((7, 5), (6,))] for _ in range(2))
+    ours, theirs = (
+        [
+            nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+            for shape in ((7, 5), (6,))
+        ]
+        for _ in range(2)
+    )
     rule = functools.partial(schedule_free_update, beta1=0.9, beta2=0.98, eps=1e-8)
-    optimizer = optimizers.RuleOptimizer([{"params": ours, "weight_decay": weight_decay}], 1.0, rule, new_state)
-    package = getattr(schedulefree, cls)(theirs, lr=1.0, betas=(0.9, 0.98), eps=1e-8, weight_decay=weight_decay)
+    optimizer = optimizers.RuleOptimizer(
+        [{"params": ours, "weight_decay": weight_decay}], 1.0, rule, new_state
+    )
+    package = getattr(schedulefree, cls)(
+        theirs, lr=1.0, betas=(0.9, 0.98), eps=1e-8, weight_decay=weight_decay
+    )
     package.train()
     for update in range(30):
         for one, other in zip(ours, theirs):
@@ -2005,7 +2970,9 @@ def test_schedule_free_equals_the_package(cls, weight_decay):
         package.step()
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    part = methods.find("schedule_free").classes["schedule_free"](None, None, None, SimpleNamespace(beta1=0.9), {})
+    part = methods.find("schedule_free").classes["schedule_free"](
+        None, None, None, SimpleNamespace(beta1=0.9), {}
+    )
     part.combination = SimpleNamespace(optimizer_in_use=optimizer)
     package.eval()
     evaluated = part.evaluation_weights()
@@ -2014,7 +2981,8 @@ def test_schedule_free_equals_the_package(cls, weight_decay):
 
 
 def test_schedule_free_without_averaging_is_adamw_without_momentum():
-    """c = 1 at the first update of each parameter: there x = z, and y moves as AdamW with beta1 = 0."""
+    """c = 1 at the first update of each parameter: there x = z, and y moves as AdamW with beta1 =
+    0."""
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 8)) for _ in range(2))
     ours.grad = theirs.grad = torch.linspace(2, 3, 8)
     rule = functools.partial(schedule_free_update, beta1=0.9, beta2=0.98, eps=1e-8)
@@ -2038,7 +3006,9 @@ def test_wsd_equals_its_formula(shape):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, literal)
     for update in range(401):
-        assert 0.3 * part.schedule(update / 400) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
+        assert 0.3 * part.schedule(update / 400) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12
+        )
         optimizer.step()
         scheduler.step()
     assert part.schedule(1.0) == pytest.approx(0.0, abs=1e-12)
@@ -2047,8 +3017,11 @@ def test_wsd_equals_its_formula(shape):
 
 
 def test_lawa_averages_the_latest_weights(started, corpus_folder, t5_folder, tmp_path, monkeypatch):
-    """Training is the baseline's bit for bit; what is evaluated is torch's AveragedModel of the copies."""
-    method, part, optimizer = started("lawa", "bert", "--copies=3", "--interval=0.1", "--budget_steps=40")
+    """Training is the baseline's bit for bit; what is evaluated is torch's AveragedModel of the
+    copies."""
+    method, part, optimizer = started(
+        "lawa", "bert", "--copies=3", "--interval=0.1", "--budget_steps=40"
+    )
     copies = []
     for update in range(40):
         part.clock.updates = update
@@ -2056,7 +3029,18 @@ def test_lawa_averages_the_latest_weights(started, corpus_folder, t5_folder, tmp
             for parameter in part.model.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape))
         method.after_step()
-        if update in (4, 8, 12, 16, 20, 24, 28, 32, 36):  # where another tenth of the budget is spent
+        # Where another tenth of the budget is spent.
+        if update in (
+            4,
+            8,
+            12,
+            16,
+            20,
+            24,
+            28,
+            32,
+            36,
+        ):
             copies.append(copy.deepcopy(part.model))
         assert bool(method.evaluation_weights()) == (len(copies) >= 3)
     averaged = torch.optim.swa_utils.AveragedModel(copies[-3])
@@ -2073,7 +3057,17 @@ def test_lawa_averages_the_latest_weights(started, corpus_folder, t5_folder, tmp
         for name in ("baseline", "lawa"):
             runs[name] = tmp_path / f"{name}-{model}"
             flags = ["--copies=2", "--interval=0.1"] if name == "lawa" else []
-            train.main(small_run(folder, runs[name], f"--model={model}", f"--method={name}", "--budget_steps=10", "--validations=1", *flags))
+            train.main(
+                small_run(
+                    folder,
+                    runs[name],
+                    f"--model={model}",
+                    f"--method={name}",
+                    "--budget_steps=10",
+                    "--validations=1",
+                    *flags,
+                )
+            )
         assert losses_of(runs["lawa"]) == losses_of(runs["baseline"])
         assert not torch.equal(*(weights_of(runs[name])["embedding"] for name in runs))
 
@@ -2082,7 +3076,9 @@ def test_lawa_averages_the_latest_weights(started, corpus_folder, t5_folder, tmp
 def test_token_rho_equals_the_literal_loop(started, model):
     torch.manual_seed(1)
     reference = models.build(model, "tiny", 512)
-    method, part, _ = started("token_rho", model, "--share=0.6", prerequisites={token_rho.MODEL: reference})
+    method, part, _ = started(
+        "token_rho", model, "--share=0.6", prerequisites={token_rho.MODEL: reference}
+    )
     batch = method.inputs(np.arange(5))
     losses, theirs = (network.token_losses(batch).tolist() for network in (part.model, reference))
     chosen = []
@@ -2093,14 +3089,25 @@ def test_token_rho_equals_the_literal_loop(started, model):
     assert loss.item() == pytest.approx(statistics.mean(chosen), rel=1e-6)
     loss.backward()
     assert all(parameter.grad is None for parameter in reference.parameters())
-    assert part.model.loss(batch).item() == pytest.approx(statistics.mean(sum(losses, [])), rel=1e-6)
+    assert part.model.loss(batch).item() == pytest.approx(
+        statistics.mean(sum(losses, [])), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_length_warmup_cuts_rows_by_its_schedule(started, model):
-    method, part, _ = started("length_warmup", model, "--row_length=64", "--shortest=0.25", "--length_warm_up=0.4", "--budget_steps=1000")
+    method, part, _ = started(
+        "length_warmup",
+        model,
+        "--row_length=64",
+        "--shortest=0.25",
+        "--length_warm_up=0.4",
+        "--budget_steps=1000",
+    )
     full = part.corpus.batch(np.arange(4))
-    raw = part.corpus.train_tokens[: part.corpus.all_rows * part.corpus.raw_length].reshape(-1, part.corpus.raw_length)
+    raw = part.corpus.train_tokens[: part.corpus.all_rows * part.corpus.raw_length].reshape(
+        -1, part.corpus.raw_length
+    )
     raw = torch.from_numpy(raw[part.corpus.row_indices(np.arange(4))].astype(np.int64))
     lengths = []
     for part.clock.updates in range(0, 1001, 5):
@@ -2114,11 +3121,18 @@ def test_length_warmup_cuts_rows_by_its_schedule(started, model):
             cut = batch["tokens"].clone()
             assert cut.shape == (4, length)
             cut.scatter_(1, batch["positions"], batch["labels"])
-            assert torch.equal(cut, raw[:, :length]) and batch["labels"].shape[1] == round(0.15 * length)
+            assert torch.equal(cut, raw[:, :length]) and batch["labels"].shape[1] == round(
+                0.15 * length
+            )
         else:
             alone = corpora.SpanCorruption(length, part.corpus.meta)
-            expected = alone(raw[:, : alone.raw_length], torch.arange(4), hash_of(part.config.seed, 0))
-            assert all(torch.equal(batch[name], expected[name]) for name in expected) and batch["tokens"].shape[1] <= length
+            expected = alone(
+                raw[:, : alone.raw_length], torch.arange(4), hash_of(part.config.seed, 0)
+            )
+            assert (
+                all(torch.equal(batch[name], expected[name]) for name in expected)
+                and batch["tokens"].shape[1] <= length
+            )
     assert all(torch.equal(batch[name], full[name]) for name in full)
 
 
@@ -2129,23 +3143,36 @@ def test_mask_schedule_predicts_less_and_less(started):
         shares.append(part.mask_share())
         batch = method.inputs(np.arange(4))
         assert batch["labels"].shape[1] == round(shares[-1] * 120)
-    assert sorted(set(shares), reverse=True) == pytest.approx([0.30, 0.27, 0.24, 0.21, 0.18, 0.15]) and shares == sorted(shares, reverse=True)
+    assert sorted(set(shares), reverse=True) == pytest.approx(
+        [0.30, 0.27, 0.24, 0.21, 0.18, 0.15]
+    ) and shares == sorted(shares, reverse=True)
     part.clock.updates = 0
     many, few = method.inputs(np.arange(4)), part.corpus.batch(np.arange(4))
     key, separator = hash_of(part.config.seed, 0), 3
-    for row in range(4):  # the literal choice: the columns with the smallest hashes, separators last
+    # The literal choice: the columns with the smallest hashes, separators last.
+    for row in range(4):
         tokens = few["tokens"][row].clone()
         tokens[few["positions"][row]] = few["labels"][row]
-        order = sorted(range(120), key=lambda column: (tokens[column].item() == separator, hash_of(key, row, column)))
-        assert many["positions"][row].tolist() == sorted(order[:36]) and few["positions"][row].tolist() == sorted(order[:18])
+        order = sorted(
+            range(120),
+            key=lambda column: (tokens[column].item() == separator, hash_of(key, row, column)),
+        )
+        assert many["positions"][row].tolist() == sorted(order[:36]) and few["positions"][
+            row
+        ].tolist() == sorted(order[:18])
         common = few["positions"][row]
-        assert torch.equal(many["tokens"][row][common], few["tokens"][row][common])  # the same replacement
+        # The same replacement.
+        assert torch.equal(many["tokens"][row][common], few["tokens"][row][common])
 
 
 def test_mask_schedule_of_t5_keeps_the_raw_row(started):
-    method, part, _ = started("mask_schedule", "t5", "--row_length=128", "--first_share=0.3", "--steps=3")
+    method, part, _ = started(
+        "mask_schedule", "t5", "--row_length=128", "--first_share=0.3", "--steps=3"
+    )
     corpus = part.corpus
-    raw = corpora.gather_rows(corpus.train_tokens, corpus.row_indices(np.arange(3)), corpus.raw_length)
+    raw = corpora.gather_rows(
+        corpus.train_tokens, corpus.row_indices(np.arange(3)), corpus.raw_length
+    )
     for part.clock.updates, share in ((0, 0.3), (99, 0.15)):
         batch, first = method.inputs(np.arange(3)), corpus.meta["first_sentinel"]
         noise = round(share * corpus.raw_length)
@@ -2157,16 +3184,23 @@ def test_mask_schedule_of_t5_keeps_the_raw_row(started):
                     current = spans.setdefault(token, [])
                 else:
                     current.append(token)
-            restored = [token for read in batch["tokens"][row].tolist()[:-1] for token in spans.get(read, [read])]
+            restored = [
+                token
+                for read in batch["tokens"][row].tolist()[:-1]
+                for token in spans.get(read, [read])
+            ]
             assert restored == raw[row].tolist()
 
 
 def literal_token_dropping(network, importance, batch, layers, count):
-    """BERT with dropped tokens, one row at a time; a layer that moves only some reads all and forgets the rest."""
+    """BERT with dropped tokens, one row at a time; a layer that moves only some reads all and
+    forgets the rest."""
     losses = []
     for row in range(len(batch["tokens"])):
         tokens = batch["tokens"][row : row + 1]
-        order = sorted(range(tokens.shape[1]), key=lambda column: -importance[tokens[0, column].item()])
+        order = sorted(
+            range(tokens.shape[1]), key=lambda column: -importance[tokens[0, column].item()]
+        )
         kept, half = sorted(order[:count]), len(layers) // 2
         h = network.embed(tokens)
         for index in layers[: half - 1]:
@@ -2174,7 +3208,10 @@ def literal_token_dropping(network, importance, batch, layers, count):
         part = network.layers[layers[half - 1]](h)[:, kept]
         for index in layers[half:-1]:
             part = network.layers[index](part)
-        whole = [h[:, [column]] if column not in kept else part[:, [kept.index(column)]] for column in range(tokens.shape[1])]
+        whole = [
+            h[:, [column]] if column not in kept else part[:, [kept.index(column)]]
+            for column in range(tokens.shape[1])
+        ]
         h = network.final_norm(network.layers[layers[-1]](torch.cat(whole, dim=1)))
         logits = F.linear(network.head(h[0, batch["positions"][row]]), network.embedding)
         losses.append(F.cross_entropy(logits, batch["labels"][row], reduction="none"))
@@ -2191,19 +3228,24 @@ def test_token_dropping_equals_the_literal_loop(started, layers):
         for rows in (np.arange(4), np.arange(4, 6)):
             batch = method.inputs(rows + 6 * update)
             expected = literal_token_dropping(part.model, importance, batch, layers, 16)
-            assert method.loss(batch, layers).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+            assert method.loss(batch, layers).item() == pytest.approx(
+                expected.mean().item(), rel=1e-5
+            )
             for label, loss in zip(batch["labels"].flatten().tolist(), expected.flatten().tolist()):
                 by_id[label].append(loss)
         method.after_step()
         for label, values in by_id.items():
             importance[label] = 0.995 * importance[label] + 0.005 * statistics.mean(values)
-        assert part.importance.tolist() == pytest.approx([importance[number] for number in range(512)], rel=1e-5)
+        assert part.importance.tolist() == pytest.approx(
+            [importance[number] for number in range(512)], rel=1e-5
+        )
     part.clock.updates = 95  # of 100: nothing is dropped any more
     assert method.loss(batch, layers).item() == part.model.loss(batch, layers).item()
 
 
 def test_token_dropping_of_t5_is_random_ltd(started):
-    """Every encoder layer but the first and last moves columns of its own, with the distances that they have in the row."""
+    """Every encoder layer but the first and last moves columns of its own, with the distances that
+    they have in the row."""
     method, part, _ = started("token_dropping", "t5", "--keep=0.5")
     network, batch = part.model, method.inputs(np.arange(3))
     width = batch["tokens"].shape[1]
@@ -2213,20 +3255,31 @@ def test_token_dropping_of_t5_is_random_ltd(started):
     for index in range(4):
         kept = everything
         if index in (1, 2):
-            order = sorted(range(width), key=lambda column: hash_of(part.config.seed, token_dropping.COLUMNS, 0, index, column))
+            order = sorted(
+                range(width),
+                key=lambda column: hash_of(
+                    part.config.seed, token_dropping.COLUMNS, 0, index, column
+                ),
+            )
             kept = torch.tensor(sorted(order[:count]))
             subsets.append(kept.tolist())
         bias = network.position_bias(network.encoder_positions, kept, kept, bidirectional=True)
         moved = network.layers[index].encoder(h[:, kept], bias)
         columns = kept.tolist()
-        h = torch.stack([moved[:, columns.index(column)] if column in columns else h[:, column] for column in range(width)], dim=1)
+        h = torch.stack(
+            [
+                moved[:, columns.index(column)] if column in columns else h[:, column]
+                for column in range(width)
+            ],
+            dim=1,
+        )
     logits = network.decode(previous, network.encoder_norm(h))
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     assert method.loss(batch, [0, 1, 2, 3]).item() == pytest.approx(expected.item(), rel=1e-5)
     assert subsets[0] != subsets[1]
 
 
-# -- Mistakes ---------------------------------------------------------------------------------------------
+# -- Mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -2244,7 +3297,10 @@ def test_token_dropping_of_t5_is_random_ltd(started):
         (["more"], "'more' is not a flag"),
         (["--device=tpu"], "expected cpu, cuda or cuda:NUMBER"),
         (["--device=cuda:99"], "--device=cuda:99: torch sees"),
-        (["--row_length=600", "--validation_rows=1"], "rows of 600 tokens: this model reads at most 512"),
+        (
+            ["--row_length=600", "--validation_rows=1"],
+            "rows of 600 tokens: this model reads at most 512",
+        ),
         (["--out=/dev/null/run"], "Not a directory: '/dev/null/run'"),
         (["--data=nowhere"], "python data/prepare.py nowhere"),
         (["--reference=rtx9"], "--reference=rtx9"),
@@ -2259,9 +3315,15 @@ def test_token_dropping_of_t5_is_random_ltd(started):
         (["--method=layer_drop", "--gamma=inf"], "--gamma=inf: expected"),
         (["--method=stacking", "--growth_times=0.5,0.2"], "rising numbers"),
         (["--method=stacking", "--growth_times=soon"], "--growth_times=soon: expected shares"),
-        (["--method=stacking", "--growth_times=0.1,0.2,0.3"], "4 layers cannot be halved 3 time(s)"),
+        (
+            ["--method=stacking", "--growth_times=0.1,0.2,0.3"],
+            "4 layers cannot be halved 3 time(s)",
+        ),
         (["--method=selective_backprop", "--beta=-1"], "--beta=-1.0: expected a number from 0"),
-        (["--method=layer_drop", "--theta_bar=1.5"], "--theta_bar=1.5: expected a number from 0 to 1"),
+        (
+            ["--method=layer_drop", "--theta_bar=1.5"],
+            "--theta_bar=1.5: expected a number from 0 to 1",
+        ),
         (["--method=stacking", "--optimizer_state=drop"], "invalid choice: 'drop'"),
     ],
 )
@@ -2306,9 +3368,19 @@ def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
 def test_an_output_that_nobody_reads_is_a_message(finished_runs):
     reading, writing = os.pipe()
     os.close(reading)
-    report_of = subprocess.run([sys.executable, "report.py", str(finished_runs["bert"])], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    report_of = subprocess.run(
+        [sys.executable, "report.py", str(finished_runs["bert"])],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(writing)
-    assert report_of.returncode == 1 and report_of.stderr.startswith("ended: nobody reads") and report_of.stderr.count("\n") == 1
+    assert (
+        report_of.returncode == 1
+        and report_of.stderr.startswith("ended: nobody reads")
+        and report_of.stderr.count("\n") == 1
+    )
 
 
 def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
@@ -2316,16 +3388,26 @@ def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
     with train.locked_log(run, resume=False), pytest.raises(SystemExit):
         train.main(small_run(corpus_folder, run, "--budget_steps=2"))
     assert "another process is at work on this run" in capsys.readouterr().err
-    assert train.main(small_run(corpus_folder, run, "--budget_steps=2", "--validations=1"))["updates"] == 2
+    assert (
+        train.main(small_run(corpus_folder, run, "--budget_steps=2", "--validations=1"))["updates"]
+        == 2
+    )
     for resume in (True, False):
         with pytest.raises(UserError, match="this run is finished"), train.locked_log(run, resume):
             pass
     (run / "result.json").unlink()
-    with pytest.raises(UserError, match="another run was started here"), train.locked_log(run, resume=False):
+    with (
+        pytest.raises(UserError, match="another run was started here"),
+        train.locked_log(run, resume=False),
+    ):
         pass
     (run / "config.json").unlink()
     log = (run / "log.jsonl").read_bytes()
-    for folder in (run, tmp_path / "new"):  # a plan that is refused takes away its own log, and no other's
+    # A plan that is refused takes away its own log, and no other's.
+    for folder in (
+        run,
+        tmp_path / "new",
+    ):
         with pytest.raises(UserError, match="refused"), train.locked_log(folder, resume=False):
             raise UserError("refused")
     assert log and (run / "log.jsonl").read_bytes() == log and not (tmp_path / "new").exists()
@@ -2336,7 +3418,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     write_tensors(path, {"x": torch.zeros(1000)})
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk: writing fails half-way
+    # As a full disk: writing fails half-way.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match="untouched. Is the disk full"):
             write_tensors(path, {"x": torch.zeros(1_000_000)})
@@ -2360,18 +3443,21 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         read_tensors(path, ["optimizer"])
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "is damaged"),
-    ("{", "is damaged"),
-    ("[1]", "a list, expected an object"),
-    ("[" * 100_000, "is damaged"),
-    ('{"n": 1}', "there is no loss in it"),
-    ('{"n": 1, "loss": "1"}', "loss is '1', expected float or null"),
-    ('{"n": 1, "loss": NaN}', "loss is nan, expected float or null"),
-    ('{"n": true, "loss": 1}', "n is True, expected int"),
-    ('{"n": 1.5, "loss": 1}', "n is 1.5, expected int"),
-    ("\xff", "is damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is damaged"),
+        ("{", "is damaged"),
+        ("[1]", "a list, expected an object"),
+        ("[" * 100_000, "is damaged"),
+        ('{"n": 1}', "there is no loss in it"),
+        ('{"n": 1, "loss": "1"}', "loss is '1', expected float or null"),
+        ('{"n": 1, "loss": NaN}', "loss is nan, expected float or null"),
+        ('{"n": true, "loss": 1}', "n is True, expected int"),
+        ('{"n": 1.5, "loss": 1}', "n is 1.5, expected int"),
+        ("\xff", "is damaged"),
+    ],
+)
 def test_one_reader_names_file_key_and_value(tmp_path, content, message):
     path, expected = tmp_path / "record.json", {"n": int, "loss": (float, None)}
     path.write_bytes(content.encode("latin-1"))
@@ -2382,14 +3468,15 @@ def test_one_reader_names_file_key_and_value(tmp_path, content, message):
         assert read_record(path, expected)["n"] in (1, -1)
 
 
-# -- Downstream --------------------------------------------------------------------------------------------------
+# -- Downstream ------------------------------------------------------------------------------------
 
 
 def random_answers(generator, kind):
     """Predictions and truths of 2 to 40 rows; in every fifth case one side is constant."""
     count = generator.integers(2, 40)
     if kind == "scores":
-        pair = [generator.normal(size=count).round(generator.integers(0, 3)) for _ in range(2)]  # rounded: with ties
+        # Rounded: with ties.
+        pair = [generator.normal(size=count).round(generator.integers(0, 3)) for _ in range(2)]
     else:
         pair = [generator.integers(0, kind, count) for _ in range(2)]
     if generator.random() < 0.2:
@@ -2405,22 +3492,41 @@ def test_metrics_are_those_of_scikit_learn_and_scipy():
     constant = 0
     for _ in range(1000):
         predictions, truths = random_answers(generator, 2)
-        assert metrics.accuracy(predictions, truths) == pytest.approx(oracle.accuracy_score(truths, predictions))
-        assert metrics.f1(predictions, truths) == pytest.approx(oracle.f1_score(truths, predictions, zero_division=0))
-        assert metrics.matthews(predictions, truths) == pytest.approx(oracle.matthews_corrcoef(truths, predictions), abs=1e-12)
+        assert metrics.accuracy(predictions, truths) == pytest.approx(
+            oracle.accuracy_score(truths, predictions)
+        )
+        assert metrics.f1(predictions, truths) == pytest.approx(
+            oracle.f1_score(truths, predictions, zero_division=0)
+        )
+        assert metrics.matthews(predictions, truths) == pytest.approx(
+            oracle.matthews_corrcoef(truths, predictions), abs=1e-12
+        )
         predictions, truths = random_answers(generator, 3)
-        assert metrics.macro_f1(predictions, truths) == pytest.approx(oracle.f1_score(truths, predictions, average="macro", zero_division=0))
+        assert metrics.macro_f1(predictions, truths) == pytest.approx(
+            oracle.f1_score(truths, predictions, average="macro", zero_division=0)
+        )
         predictions, truths = random_answers(generator, "scores")
         if len(set(predictions)) == 1 or len(set(truths)) == 1:  # scipy: nan
             constant += 1
-            assert metrics.pearson(predictions, truths) == metrics.spearman(predictions, truths) == 0.0
+            assert (
+                metrics.pearson(predictions, truths) == metrics.spearman(predictions, truths) == 0.0
+            )
         else:
-            assert metrics.pearson(predictions, truths) == pytest.approx(stats.pearsonr(predictions, truths)[0], abs=1e-12)
-            assert metrics.spearman(predictions, truths) == pytest.approx(stats.spearmanr(predictions, truths)[0], abs=1e-12)
+            assert metrics.pearson(predictions, truths) == pytest.approx(
+                stats.pearsonr(predictions, truths)[0], abs=1e-12
+            )
+            assert metrics.spearman(predictions, truths) == pytest.approx(
+                stats.spearmanr(predictions, truths)[0], abs=1e-12
+            )
         predictions, truths, groups = *random_answers(generator, 2), generator.integers(0, 5, 40)
         groups = groups[: len(truths)].tolist()
-        whole = [all(p == t for p, t, g in zip(predictions, truths, groups) if g == group) for group in set(groups)]
-        assert metrics.exact_match(predictions.tolist(), truths.tolist(), groups) == pytest.approx(np.mean(whole))
+        whole = [
+            all(p == t for p, t, g in zip(predictions, truths, groups) if g == group)
+            for group in set(groups)
+        ]
+        assert metrics.exact_match(predictions.tolist(), truths.tolist(), groups) == pytest.approx(
+            np.mean(whole)
+        )
     assert constant > 100
 
 
@@ -2431,46 +3537,128 @@ def test_rouge_is_the_longest_common_subsequence_of_stems():
     stem = PorterStemmer().stem
 
     def literal(text, reference):  # Lin 2004, over stems
-        a, b = ([stem(word) if len(word) > 3 else word for word in words.lower().split()] for words in (text, reference))
+        a, b = (
+            [stem(word) if len(word) > 3 else word for word in words.lower().split()]
+            for words in (text, reference)
+        )
         table = np.zeros((len(a) + 1, len(b) + 1), int)
         for i, j in itertools.product(range(len(a)), range(len(b))):
-            table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
+            table[i + 1, j + 1] = (
+                table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
+            )
         return 2 * table[-1, -1] / (len(a) + len(b)) if table[-1, -1] else 0.0
 
     generator, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
-    texts = [" ".join(generator.choices("cat Cats dogs dog running runs happily happy".split(), k=generator.randint(0, 8))) for _ in range(2000)]
+    texts = [
+        " ".join(
+            generator.choices(
+                "cat Cats dogs dog running runs happily happy".split(), k=generator.randint(0, 8)
+            )
+        )
+        for _ in range(2000)
+    ]
     for text, reference in zip(texts[::2], texts[1::2]):
         score = metrics.rouge_l([text], [[reference]])
-        assert score == pytest.approx(literal(text, reference)) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure)
-    assert metrics.rouge_l(["running dogs", "x"], [["cat", "runs dog"], ["y"]]) == 0.5  # stems; the best reference; the mean
+        assert (
+            score
+            == pytest.approx(literal(text, reference))
+            == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure)
+        )
+    # Stems; the best reference; the mean.
+    assert metrics.rouge_l(["running dogs", "x"], [["cat", "runs dog"], ["y"]]) == 0.5
 
 
-SENTENCES = ["The cat isn't \"here", "a dog said 'so'", "it rained\u2028all day", "nobody came ."]  # quotes that do not end; a separator inside a line
+# Quotes that do not end; a separator inside a line.
+SENTENCES = [
+    "The cat isn't \"here",
+    "a dog said 'so'",
+    "it rained\u2028all day",
+    "nobody came .",
+]
 
 
 def glue_files(folder):
     """All GLUE tasks in their published layout, eight examples each; returns their folder."""
 
     def write(task, name, header, row, labels, ending="\n", start=""):
-        rows = [row.format(a=f"{name[:-4]} {SENTENCES[n % 4]}", b=SENTENCES[(n + 1) % 4], y=labels[n % len(labels)], n=n) for n in range(8)]
+        rows = [
+            row.format(
+                a=f"{name[:-4]} {SENTENCES[n % 4]}",
+                b=SENTENCES[(n + 1) % 4],
+                y=labels[n % len(labels)],
+                n=n,
+            )
+            for n in range(8)
+        ]
         (folder / task).mkdir(parents=True, exist_ok=True)
-        text = ending.join([*([header.replace(" ", "\t")] if header else []), *(row.replace("|", "\t") for row in rows)]) + ending
+        text = (
+            ending.join(
+                [
+                    *([header.replace(" ", "\t")] if header else []),
+                    *(row.replace("|", "\t") for row in rows),
+                ]
+            )
+            + ending
+        )
         (folder / task / name).write_bytes((start + text).encode())
 
     for part in ("train", "dev"):
         write("CoLA", f"{part}.tsv", "", "gj04|{y}||{a}", "01")
         write("SST-2", f"{part}.tsv", "sentence label", "{a} |{y}", "01")
-        write("MRPC", f"{part}.tsv", "Quality #1_ID #2_ID #1_String #2_String".replace("_", "\x00"), "{y}|{n}|9|{a}|{b}", "01", "\r\n", "\ufeff")
-        write("QQP", f"{part}.tsv", "id qid1 qid2 question1 question2 is_duplicate", "{n}|1|2|{a}|{b}|{y}", "01")
-        write("STS-B", f"{part}.tsv", "index genre filename year old_index source1 source2 sentence1 sentence2 score", "{n}|g|f|2012|1|none|none|{a}|{b}|{y}", ["0.000", "2.5", "5.000"])
-        write("QNLI", f"{part}.tsv", "index question sentence label", "{n}|{a}|{b}|{y}", ["entailment", "not_entailment"])
-        write("RTE", f"{part}.tsv", "index sentence1 sentence2 label", "{n}|{a}|{b}|{y}", ["entailment", "not_entailment"])
+        write(
+            "MRPC",
+            f"{part}.tsv",
+            "Quality #1_ID #2_ID #1_String #2_String".replace("_", "\x00"),
+            "{y}|{n}|9|{a}|{b}",
+            "01",
+            "\r\n",
+            "\ufeff",
+        )
+        write(
+            "QQP",
+            f"{part}.tsv",
+            "id qid1 qid2 question1 question2 is_duplicate",
+            "{n}|1|2|{a}|{b}|{y}",
+            "01",
+        )
+        write(
+            "STS-B",
+            f"{part}.tsv",
+            "index genre filename year old_index source1 source2 sentence1 sentence2 score",
+            "{n}|g|f|2012|1|none|none|{a}|{b}|{y}",
+            ["0.000", "2.5", "5.000"],
+        )
+        write(
+            "QNLI",
+            f"{part}.tsv",
+            "index question sentence label",
+            "{n}|{a}|{b}|{y}",
+            ["entailment", "not_entailment"],
+        )
+        write(
+            "RTE",
+            f"{part}.tsv",
+            "index sentence1 sentence2 label",
+            "{n}|{a}|{b}|{y}",
+            ["entailment", "not_entailment"],
+        )
         write("WNLI", f"{part}.tsv", "index sentence1 sentence2 label", "{n}|{a}|{b}|{y}", "01")
-    parses = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 sentence2 label1 "
+    parses = (
+        "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
+        "sentence1_parse sentence2_parse sentence1 sentence2 label1 "
+    )
     three = ["entailment", "neutral", "contradiction"]
-    write("MNLI", "train.tsv", parses + "gold_label", "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|{y}", three)
+    write(
+        "MNLI", "train.tsv", parses + "gold_label", "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|{y}", three
+    )
     for part in ("dev_matched", "dev_mismatched"):
-        write("MNLI", f"{part}.tsv", parses + "label2 label3 label4 label5 gold_label", "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|x|x|x|x|{y}", three)
+        write(
+            "MNLI",
+            f"{part}.tsv",
+            parses + "label2 label3 label4 label5 gold_label",
+            "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|x|x|x|x|{y}",
+            three,
+        )
     for path in folder.rglob("MRPC/*.tsv"):
         path.write_bytes(path.read_bytes().replace(b"\x00", b" "))
     return folder
@@ -2480,28 +3668,85 @@ def superglue_files(folder):
     a, b, c, _ = SENTENCES
     examples = {
         "BoolQ": lambda n: {"question": part, "passage": b * 40, "label": n % 2 == 0},
-        "CB": lambda n: {"premise": part, "hypothesis": b, "label": ["entailment", "contradiction", "neutral"][n % 3]},
-        "COPA": lambda n: {"premise": part, "choice1": b, "choice2": c, "question": "cause", "label": n % 2},
-        "MultiRC": lambda n: {"passage": {"text": part + a * 30, "questions": [
-            {"idx": 2 * n + q, "question": b, "answers": [{"idx": i, "text": c, "label": (n + i) % 2} for i in range(2)]} for q in range(2)
-        ]}},
-        "RTE": lambda n: {"premise": part, "hypothesis": b, "label": ["entailment", "not_entailment"][n % 2]},
-        "WiC": lambda n: {"word": part, "sentence1": a, "sentence2": b, "start1": 0, "label": n % 2 == 0},
-        "WSC": lambda n: {"text": part, "target": {"span1_text": "cat", "span1_index": 1, "span2_text": "here", "span2_index": 3}, "label": n % 2 == 1},
-    }  # fmt: skip
+        "CB": lambda n: {
+            "premise": part,
+            "hypothesis": b,
+            "label": ["entailment", "contradiction", "neutral"][n % 3],
+        },
+        "COPA": lambda n: {
+            "premise": part,
+            "choice1": b,
+            "choice2": c,
+            "question": "cause",
+            "label": n % 2,
+        },
+        "MultiRC": lambda n: {
+            "passage": {
+                "text": part + a * 30,
+                "questions": [
+                    {
+                        "idx": 2 * n + q,
+                        "question": b,
+                        "answers": [{"idx": i, "text": c, "label": (n + i) % 2} for i in range(2)],
+                    }
+                    for q in range(2)
+                ],
+            }
+        },
+        "RTE": lambda n: {
+            "premise": part,
+            "hypothesis": b,
+            "label": ["entailment", "not_entailment"][n % 2],
+        },
+        "WiC": lambda n: {
+            "word": part,
+            "sentence1": a,
+            "sentence2": b,
+            "start1": 0,
+            "label": n % 2 == 0,
+        },
+        "WSC": lambda n: {
+            "text": part,
+            "target": {
+                "span1_text": "cat",
+                "span1_index": 1,
+                "span2_text": "here",
+                "span2_index": 3,
+            },
+            "label": n % 2 == 1,
+        },
+    }
     for task, example in examples.items():
         (folder / task).mkdir(parents=True)
         for part in ("train", "val"):  # which the examples above read
-            (folder / task / f"{part}.jsonl").write_text("".join(json.dumps({"idx": n} | example(n)) + "\n" for n in range(8)))
+            (folder / task / f"{part}.jsonl").write_text(
+                "".join(json.dumps({"idx": n} | example(n)) + "\n" for n in range(8))
+            )
     return folder
 
 
 def sni_files(folder):
     def task(name, definition, output, count, ids):
-        instances = [{"input": f"{SENTENCES[n % 4]} {n}", "output": output(n)} | ({"id": f"{name}-{n}"} if ids else {}) for n in range(count)]
-        examples = [{"input": f"in {k}", "output": f"out {k}!", "explanation": "so"} for k in range(3)]
+        instances = [
+            {"input": f"{SENTENCES[n % 4]} {n}", "output": output(n)}
+            | ({"id": f"{name}-{n}"} if ids else {})
+            for n in range(count)
+        ]
+        examples = [
+            {"input": f"in {k}", "output": f"out {k}!", "explanation": "so"} for k in range(3)
+        ]
         (folder / "tasks").mkdir(parents=True, exist_ok=True)
-        (folder / "tasks" / f"{name}.json").write_text(json.dumps({"Definition": definition, "Positive Examples": examples, "Negative Examples": [], "Instances": instances}, indent=1))
+        (folder / "tasks" / f"{name}.json").write_text(
+            json.dumps(
+                {
+                    "Definition": definition,
+                    "Positive Examples": examples,
+                    "Negative Examples": [],
+                    "Instances": instances,
+                },
+                indent=1,
+            )
+        )
 
     task("task1_a", ["Say it again ", "not this"], lambda n: ["yes", "no"][n % 2 :], 120, True)
     task("task2_b", "Say so!", lambda n: "maybe", 3, False)
@@ -2518,7 +3763,10 @@ FILES = {"glue": glue_files, "superglue": superglue_files, "sni": sni_files}
 @pytest.fixture(scope="session")
 def finished_runs(corpus_folder, t5_folder, tmp_path_factory):
     """{model: the folder of a finished run of two updates}."""
-    runs = {"bert": tmp_path_factory.mktemp("runs") / "bert", "t5": tmp_path_factory.mktemp("runs") / "t5"}
+    runs = {
+        "bert": tmp_path_factory.mktemp("runs") / "bert",
+        "t5": tmp_path_factory.mktemp("runs") / "t5",
+    }
     train.main(small_run(corpus_folder, runs["bert"], "--budget_steps=2", "--validations=1"))
     train.main(t5_run(t5_folder, runs["t5"], "--budget_steps=2", "--validations=1"))
     return runs
@@ -2526,9 +3774,19 @@ def finished_runs(corpus_folder, t5_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("suite", ["glue", "superglue", "sni"])
 def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys, suite):
-    """Stopped in its third task (sni has only one), it goes on there; its results are the tasks' metrics after every epoch."""
+    """Stopped in its third task (sni has only one), it goes on there; its results are the tasks'
+    metrics after every epoch."""
     module, data = tasks.find(suite), FILES[suite](tmp_path / "data")
-    flags = [str(finished_runs[module.MODEL]), f"--suite={suite}", f"--data_dir={data}", f"--out={tmp_path / 'out'}", "--seeds=0,1", "--epochs=2", "--batch=4", "--threads=2"]
+    flags = [
+        str(finished_runs[module.MODEL]),
+        f"--suite={suite}",
+        f"--data_dir={data}",
+        f"--out={tmp_path / 'out'}",
+        "--seeds=0,1",
+        "--epochs=2",
+        "--batch=4",
+        "--threads=2",
+    ]
     if suite == "sni":
         monkeypatch.setattr(module, "INSTANCES", 6)
         flags += ["--max_length=64"]
@@ -2548,41 +3806,83 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
         assert stopped.value.code == 130 and "goes on with the rest" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
     assert len(before) == (2 if suite != "sni" else 0)
-    monkeypatch.setattr(finetune, "finetune", lambda *arguments: begun.append(arguments[-1]) or original(*arguments))
+    monkeypatch.setattr(
+        finetune, "finetune", lambda *arguments: begun.append(arguments[-1]) or original(*arguments)
+    )
     finetune.main([*flags, f"--task={everything}"])
-    assert begun[len(before) + (suite != "sni") :] == [f"{name} seed {seed}" for name in module.TASKS for seed in (0, 1)][len(before) :]
+    assert (
+        begun[len(before) + (suite != "sni") :]
+        == [f"{name} seed {seed}" for name in module.TASKS for seed in (0, 1)][len(before) :]
+    )
     assert all(path.read_bytes() == content for path, content in before.items())
     output = capsys.readouterr().out
     for name, task in module.TASKS.items():
         for seed in (0, 1):
             result = json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text())
-            names = [metric + suffix for suffix in ({"": 0, "_mismatched": 0} if name == "mnli" else {"": 0}) for metric in task.metrics]
-            assert list(result["last"]) == names and len(result["epochs"]) == (1 if suite == "sni" else 2)
+            names = [
+                metric + suffix
+                for suffix in ({"": 0, "_mismatched": 0} if name == "mnli" else {"": 0})
+                for metric in task.metrics
+            ]
+            assert list(result["last"]) == names and len(result["epochs"]) == (
+                1 if suite == "sni" else 2
+            )
             assert result["last"] == result["epochs"][-1]["scores"]
-            assert result["best"] == {metric: max(epoch["scores"][metric] for epoch in result["epochs"]) for metric in names}
+            assert result["best"] == {
+                metric: max(epoch["scores"][metric] for epoch in result["epochs"])
+                for metric in names
+            }
         assert f"| {name} | " in output
     if suite != "sni":
-        results = {(name, seed): json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text()) for name in module.TASKS for seed in (0, 1)}
-        expected = [np.mean([results[name, seed]["last"][metric] for name, metric in module.AVERAGED]) for seed in (0, 1)]
-        assert list(tasks.summary(tasks.results(tmp_path / "out")[0], module)["all"]["score"]["last"].values()) == pytest.approx(expected)
-        third = list(module.TASKS)[2]  # trained alone it scores the same: nothing is left over from the tasks before it
+        results = {
+            (name, seed): json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text())
+            for name in module.TASKS
+            for seed in (0, 1)
+        }
+        expected = [
+            np.mean([results[name, seed]["last"][metric] for name, metric in module.AVERAGED])
+            for seed in (0, 1)
+        ]
+        assert list(
+            tasks.summary(tasks.results(tmp_path / "out")[0], module)["all"]["score"][
+                "last"
+            ].values()
+        ) == pytest.approx(expected)
+        # Trained alone it scores the same: nothing is left over from the tasks before it.
+        third = list(module.TASKS)[2]
         finetune.main([*flags, f"--task={third}", f"--out={tmp_path / 'alone'}", "--seeds=1"])
-        assert json.loads((tmp_path / "alone" / f"{third}-seed1.json").read_text())["epochs"] == results[third, 1]["epochs"]
-    for changed, message in (["--lr=1"], "its lr is"), (["--untrained"], "its untrained is False, now it is True"):
+        assert (
+            json.loads((tmp_path / "alone" / f"{third}-seed1.json").read_text())["epochs"]
+            == results[third, 1]["epochs"]
+        )
+    for changed, message in (
+        (["--lr=1"], "its lr is"),
+        (["--untrained"], "its untrained is False, now it is True"),
+    ):
         with pytest.raises(SystemExit):
             finetune.main([*flags, *changed])
         assert f"is of another recipe or model: {message}" in capsys.readouterr().err
     first = list(module.TASKS)[0]
     path = tmp_path / "out" / f"{first}-seed0.json"
     found = path.read_text()
-    path.write_text(json.dumps({name: value for name, value in json.loads(found).items() if name != "data_checksum"}))
+    path.write_text(
+        json.dumps(
+            {name: value for name, value in json.loads(found).items() if name != "data_checksum"}
+        )
+    )
     with pytest.raises(SystemExit):
         finetune.main([*flags, "--seeds=2", f"--task={first}"])
     assert f"{first}-seed0.json is of other data than" in capsys.readouterr().err
     path.write_text(found)
     load, seeds = module.load, ["--seeds=2"] if suite == "sni" else ["--seeds=0,1", "--seeds=2"]
-    changed = (lambda rows: rows[1:]) if suite == "sni" else (lambda rows: [dataclasses.replace(rows[0], texts=("other",)), *rows[1:]])
-    monkeypatch.setattr(module, "load", lambda *arguments: (changed(load(*arguments)[0]), load(*arguments)[1]))
+    changed = (
+        (lambda rows: rows[1:])
+        if suite == "sni"
+        else (lambda rows: [dataclasses.replace(rows[0], texts=("other",)), *rows[1:]])
+    )
+    monkeypatch.setattr(
+        module, "load", lambda *arguments: (changed(load(*arguments)[0]), load(*arguments)[1])
+    )
     for flag in seeds:  # to make one, and where all is kept
         with pytest.raises(SystemExit):
             finetune.main([*flags, flag, f"--task={first}"])
@@ -2593,21 +3893,53 @@ def test_glue_reads_what_is_published(tmp_path, capsys):
     data = glue_files(tmp_path)
     for name, task in glue.TASKS.items():
         training, evaluated = glue.load(name, data)
-        assert len(training) == 8 and list(evaluated) == (["", "_mismatched"] if name == "mnli" else [""])
-        for file, rows in [("train", training), *zip(["dev_matched", "dev_mismatched"] if name == "mnli" else ["dev"], evaluated.values())]:
-            assert rows[0].texts == (f"{file} {SENTENCES[0]}", SENTENCES[1])[: len(task.texts)]  # quotation marks as they are
-        assert [row.label for row in training[:3]] == {"mnli": [0, 1, 2], "stsb": [0.0, 2.5, 5.0]}.get(name, [0, 1, 0])
+        assert len(training) == 8 and list(evaluated) == (
+            ["", "_mismatched"] if name == "mnli" else [""]
+        )
+        for file, rows in [
+            ("train", training),
+            *zip(
+                ["dev_matched", "dev_mismatched"] if name == "mnli" else ["dev"], evaluated.values()
+            ),
+        ]:
+            # Quotation marks as they are.
+            assert rows[0].texts == (f"{file} {SENTENCES[0]}", SENTENCES[1])[: len(task.texts)]
+        assert [row.label for row in training[:3]] == {
+            "mnli": [0, 1, 2],
+            "stsb": [0.0, 2.5, 5.0],
+        }.get(name, [0, 1, 0])
     path = data / "QQP" / "train.tsv"
     path.write_text(path.read_text() + "9\t1\t2\thow\n")
-    assert len(glue.load("qqp", data)[0]) == 8 and "1 lines end early and are left out" in capsys.readouterr().out
+    assert (
+        len(glue.load("qqp", data)[0]) == 8
+        and "1 lines end early and are left out" in capsys.readouterr().out
+    )
     path.write_text(path.read_text() + "9\t1\t2\thow\n" * 10)
     with pytest.raises(UserError, match=r"QQP/train.tsv, line 20: 4 columns, expected 6"):
         glue.load("qqp", data)
     for task, file, old, new, message in (
-        ("cola", "CoLA/dev.tsv", "gj04\t1\t", "gj04\t7\t", r"line 2: the label is '7', expected one of 0, 1"),
+        (
+            "cola",
+            "CoLA/dev.tsv",
+            "gj04\t1\t",
+            "gj04\t7\t",
+            r"line 2: the label is '7', expected one of 0, 1",
+        ),
         ("rte", "RTE/train.tsv", "1\ttrain a dog", "a dog", r"line 3: 3 columns, expected 4"),
-        ("stsb", "STS-B/dev.tsv", "\t2.5\n", "\tmuch\n", r"line 3: the label is 'much', expected a number"),
-        ("mnli", "MNLI/dev_mismatched.tsv", "gold_label", "label", r"line 1: no column 'gold_label'"),
+        (
+            "stsb",
+            "STS-B/dev.tsv",
+            "\t2.5\n",
+            "\tmuch\n",
+            r"line 3: the label is 'much', expected a number",
+        ),
+        (
+            "mnli",
+            "MNLI/dev_mismatched.tsv",
+            "gold_label",
+            "label",
+            r"line 1: no column 'gold_label'",
+        ),
     ):
         whole = (data / file).read_text()
         assert old in whole
@@ -2624,16 +3956,37 @@ def test_superglue_and_sni_name_malformed_lines(tmp_path):
     data = superglue_files(tmp_path / "superglue")
     for name in superglue.TASKS:
         training, evaluated = superglue.load(name, data)
-        assert all(row.texts[0].startswith("train") for row in training) and all(row.texts[0].startswith("val") for row in evaluated[""])
+        assert all(row.texts[0].startswith("train") for row in training) and all(
+            row.texts[0].startswith("val") for row in evaluated[""]
+        )
     assert superglue.load("copa", data)[0][1].texts == ("train", *SENTENCES[1:3], "cause")
     training = superglue.load("multirc", data)[0]
-    assert len(training) == 32 and len({row.group for row in training}) == 16 and training[0].texts[1:] == (SENTENCES[1], SENTENCES[2])
+    assert (
+        len(training) == 32
+        and len({row.group for row in training}) == 16
+        and training[0].texts[1:] == (SENTENCES[1], SENTENCES[2])
+    )
     for name, folder, broken, message in (
         ("cb", "CB", '{"premise": "a", "label": "neutral"}', r"line 9: no 'hypothesis' in it"),
         ("boolq", "BoolQ", '{"question": "a", "passage"', r"line 9: "),
-        ("wic", "WiC", '{"word": 1, "sentence1": "a", "sentence2": "b", "label": true}', r"line 9: a text is not a string"),
-        ("rte", "RTE", '{"premise": "a", "hypothesis": "b", "label": "neutral"}', r"line 9: the label is 'neutral', expected one of entailment, not_entailment"),
-        ("wsc", "WSC", '{"text": "a", "target": {}, "label": true}', r"line 9: no 'span1_text' in it"),
+        (
+            "wic",
+            "WiC",
+            '{"word": 1, "sentence1": "a", "sentence2": "b", "label": true}',
+            r"line 9: a text is not a string",
+        ),
+        (
+            "rte",
+            "RTE",
+            '{"premise": "a", "hypothesis": "b", "label": "neutral"}',
+            r"line 9: the label is 'neutral', expected one of entailment, not_entailment",
+        ),
+        (
+            "wsc",
+            "WSC",
+            '{"text": "a", "target": {}, "label": true}',
+            r"line 9: no 'span1_text' in it",
+        ),
     ):
         with open(data / folder / "val.jsonl", "a") as file:
             file.write(broken + "\n")
@@ -2641,14 +3994,21 @@ def test_superglue_and_sni_name_malformed_lines(tmp_path):
             superglue.load(name, data)
     data = sni_files(tmp_path / "sni")
     training, evaluated = sni.load("sni", data)
-    assert len(training) == 103 and len(evaluated[""]) == 100  # at most 100 of a task; the test's first 100
+    # At most 100 of a task; the test's first 100.
+    assert len(training) == 103 and len(evaluated[""]) == 100
     assert [row.texts[-1].count(f" {n}.\n") for n, row in enumerate(evaluated[""])] == [1] * 100
     again, others = sni.load("sni", data), sni.load("sni", data, seed=1)
     assert again == (training, evaluated) and others[0] != training and others[1] == evaluated
-    assert {row.label for row in evaluated[""]} == {"one", "two", "three"} and evaluated[""][0].references == ("one", "two", "three")
+    assert {row.label for row in evaluated[""]} == {"one", "two", "three"} and evaluated[""][
+        0
+    ].references == ("one", "two", "three")
     path = data / "tasks" / "task3_c.json"
     whole = path.read_text()
-    for old, new, message in (('"output": [', '"outptu": [', "task3_c.json, instance 1: no 'output' in it"), ('"input"', '"input', "task3_c.json, line "), ('"Definition"', '"D"', "no 'Definition' in it")):
+    for old, new, message in (
+        ('"output": [', '"outptu": [', "task3_c.json, instance 1: no 'output' in it"),
+        ('"input"', '"input', "task3_c.json, line "),
+        ('"Definition"', '"D"', "no 'Definition' in it"),
+    ):
         path.write_text(whole.replace(old, new))
         with pytest.raises(UserError, match=message):
             sni.load("sni", data)
@@ -2660,7 +4020,15 @@ def test_sni_without_instances_is_a_message(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"Instances": []}))
     with pytest.raises(UserError, match="test_tasks.txt have no instance"):
         sni.load("sni", data)
-    path.write_text(json.dumps({"Definition": [3], "Positive Examples": [], "Instances": [{"input": "a", "output": "b"}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "Definition": [3],
+                "Positive Examples": [],
+                "Instances": [{"input": "a", "output": "b"}],
+            }
+        )
+    )
     with pytest.raises(UserError, match="task3_c.json, Definition: not in the format"):
         sni.load("sni", data)
 
@@ -2668,9 +4036,15 @@ def test_sni_without_instances_is_a_message(tmp_path):
 def test_snis_prompt_is_the_studys(tmp_path):
     row = sni.load("sni", sni_files(tmp_path))[1][""][1]
     start = "Definition: Tell.\n\n"
-    examples = [f" Positive Example {k + 1} -\nInput: in {k}.\n Output: out {k}!\n\n" for k in range(2)]
+    examples = [
+        f" Positive Example {k + 1} -\nInput: in {k}.\n Output: out {k}!\n\n" for k in range(2)
+    ]
     query = "Now complete the following example -\nInput: a dog said 'so' 1.\nOutput: "
-    for limit, fitting in ((1000, examples), (len(start + examples[0] + query), examples[:1]), (10, [])):
+    for limit, fitting in (
+        (1000, examples),
+        (len(start + examples[0] + query), examples[:1]),
+        (10, []),
+    ):
         assert sni.prompt(row, len, limit) == start + "".join(fitting) + query
 
 
@@ -2682,7 +4056,11 @@ def test_a_row_reads_all_its_texts_and_is_cut_at_the_longest(finished_runs):
     short, long = tokenizer.encode("abc de"), tokenizer.encode(words_text(0, 40))
     tokens, label = learner.encode(tasks.Row(("abc de", words_text(0, 40), "abc de"), 1))
     room = 16 - 4 - 2 * len(short)
-    assert tokens.tolist() == [2, *short, 3, *long[:room], 3, *short, 3] and len(tokens) == 16 and label == 1
+    assert (
+        tokens.tolist() == [2, *short, 3, *long[:room], 3, *short, 3]
+        and len(tokens) == 16
+        and label == 1
+    )
     assert learner.encode(tasks.Row(("abc de",), 1))[0].tolist() == [2, *short, 3]
 
 
@@ -2694,14 +4072,18 @@ def test_fine_tunings_rate_is_that_of_transformers():
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * updates), updates)
         for update in range(updates):
-            assert finetune.rate(recipe, update, updates) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert finetune.rate(recipe, update, updates) == pytest.approx(
+                optimizer.param_groups[0]["lr"]
+            )
             optimizer.step()
             schedule.step()
     assert {finetune.rate(sni.RECIPE, update, 10) for update in range(10)} == {5e-5}
 
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
-def test_neighbours_and_batch_size_change_no_prediction(finished_runs, tmp_path, monkeypatch, model):
+def test_neighbours_and_batch_size_change_no_prediction(
+    finished_runs, tmp_path, monkeypatch, model
+):
     loaded, tokenizer = finetune.load_run(finished_runs[model], "cpu", 0.1, False, 0)
     nn.init.normal_(loaded.embedding, std=1.0)  # so that predictions differ
     rows = [tasks.Row((words_text(seed, 3 + 9 * (seed % 4)),), seed % 2) for seed in range(12)]
@@ -2711,34 +4093,52 @@ def test_neighbours_and_batch_size_change_no_prediction(finished_runs, tmp_path,
         alone = [learner(learner.batch([one]))[0] for one in encoded]
         together = learner(learner.batch(encoded))
         torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-5)
-        unmasked = learner.batch(encoded) | {"mask": torch.ones(1, 1, dtype=torch.bool).expand(12, learner.batch(encoded)["tokens"].shape[1])}
+        unmasked = learner.batch(encoded) | {
+            "mask": torch.ones(1, 1, dtype=torch.bool).expand(
+                12, learner.batch(encoded)["tokens"].shape[1]
+            )
+        }
         assert (learner(unmasked) - together).abs().max() > 1e-3  # the mask is what makes it so
         loaded.autocast_dtype = torch.bfloat16  # as on a GPU
         torch.testing.assert_close(learner(learner.batch(encoded)), together, rtol=0, atol=0.1)
         loaded.autocast_dtype = None
     else:
-        learner = finetune.Writer(loaded, tokenizer, sni.TASKS["sni"], dataclasses.replace(sni.RECIPE, target_length=6)).eval()
+        learner = finetune.Writer(
+            loaded, tokenizer, sni.TASKS["sni"], dataclasses.replace(sni.RECIPE, target_length=6)
+        ).eval()
         encoded = [(learner.ended(row.texts[0], 1024), [1]) for row in rows]
     predictions = []
     for size in (1, 5, 32):
         monkeypatch.setattr(finetune, "ROWS_AT_ONCE", size)
         predictions.append(finetune.predict(learner, encoded, "cpu"))
-    assert predictions[1] == pytest.approx(predictions[0], abs=1e-5) if model == "bert" else predictions[1] == predictions[0]
-    assert predictions[2] == pytest.approx(predictions[0], abs=1e-5) if model == "bert" else predictions[2] == predictions[0]
+    assert (
+        predictions[1] == pytest.approx(predictions[0], abs=1e-5)
+        if model == "bert"
+        else predictions[1] == predictions[0]
+    )
+    assert (
+        predictions[2] == pytest.approx(predictions[0], abs=1e-5)
+        if model == "bert"
+        else predictions[2] == predictions[0]
+    )
     assert len(set(predictions[0])) > 6
 
 
 def test_fine_tuning_learns_and_starts_anew_for_every_task(finished_runs):
     """It tells rows with one word from rows with another; the same seed gives the same scores."""
     task = glue.TASKS["sst2"]
-    rows = [tasks.Row((f"{words_text(n, 4)} {'aaa' if n % 2 else 'jjj'}",), n % 2) for n in range(96)]
+    rows = [
+        tasks.Row((f"{words_text(n, 4)} {'aaa' if n % 2 else 'jjj'}",), n % 2) for n in range(96)
+    ]
     recipe = dataclasses.replace(glue.RECIPE, lr=1e-3, epochs=4, batch=8)
     found = []
     for _ in range(2):
         bert, tokenizer = finetune.load_run(finished_runs["bert"], "cpu", 0.1, False, 0)
         torch.manual_seed(0)
         learner = finetune.Classifier(bert, tokenizer, task, recipe)
-        found.append(finetune.finetune(learner, task, rows[:64], {"": rows[64:]}, recipe, 0, "cpu", "words"))
+        found.append(
+            finetune.finetune(learner, task, rows[:64], {"": rows[64:]}, recipe, 0, "cpu", "words")
+        )
     assert found[0] == found[1] and found[0][-1]["scores"]["accuracy"] > 0.9
     assert found[0][0]["training_loss"] > found[0][-1]["training_loss"]
 
@@ -2762,14 +4162,32 @@ def test_a_run_carries_its_tokenizer(finished_runs, corpus_folder, tmp_path):
 
 
 def test_untrained_results_have_a_folder_of_their_own(finished_runs, tmp_path, capsys):
-    run, data = shutil.copytree(finished_runs["bert"], tmp_path / "run"), glue_files(tmp_path / "data")
-    flags = [str(run), "--suite=glue", "--task=sst2", f"--data_dir={data}", "--seeds=3", "--epochs=1", "--threads=2"]
+    run, data = (
+        shutil.copytree(finished_runs["bert"], tmp_path / "run"),
+        glue_files(tmp_path / "data"),
+    )
+    flags = [
+        str(run),
+        "--suite=glue",
+        "--task=sst2",
+        f"--data_dir={data}",
+        "--seeds=3",
+        "--epochs=1",
+        "--threads=2",
+    ]
     finetune.main(flags)
     finetune.main([*flags, "--untrained"])
-    results = [json.loads((run / "finetuned" / name / "sst2-seed3.json").read_text()) for name in ("glue", "glue-untrained")]
-    assert [result["identity"]["untrained"] for result in results] == [False, True] and results[0]["epochs"] != results[1]["epochs"]
+    results = [
+        json.loads((run / "finetuned" / name / "sst2-seed3.json").read_text())
+        for name in ("glue", "glue-untrained")
+    ]
+    assert [result["identity"]["untrained"] for result in results] == [False, True] and results[0][
+        "epochs"
+    ] != results[1]["epochs"]
     report.main([str(run)])
-    assert "| method | glue sst2 accuracy | glue untrained sst2 accuracy |" in capsys.readouterr().out
+    assert (
+        "| method | glue sst2 accuracy | glue untrained sst2 accuracy |" in capsys.readouterr().out
+    )
 
 
 def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monkeypatch):
@@ -2779,8 +4197,20 @@ def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monk
     monkeypatch.setattr(sni, "INSTANCES", 4)
     data = sni_files(tmp_path / "data")
     for folder, out in ((finished_runs["t5"], "ours"), (tmp_path / "theirs", "same")):
-        finetune.main([str(folder), "--suite=sni", f"--data_dir={data}", f"--out={tmp_path / out}", "--epochs=1", "--max_length=64", "--threads=2"])
-    ours, theirs = (json.loads((tmp_path / out / "sni-seed2137.json").read_text()) for out in ("ours", "same"))
+        finetune.main(
+            [
+                str(folder),
+                "--suite=sni",
+                f"--data_dir={data}",
+                f"--out={tmp_path / out}",
+                "--epochs=1",
+                "--max_length=64",
+                "--threads=2",
+            ]
+        )
+    ours, theirs = (
+        json.loads((tmp_path / out / "sni-seed2137.json").read_text()) for out in ("ours", "same")
+    )
     assert ours["epochs"] == theirs["epochs"]
 
 
@@ -2789,10 +4219,15 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     files, served = tmp_path / "files", tmp_path / "served"
     served.mkdir()
     glue_files(files), sni_files(files / "natural-instructions-2.8")
-    for archive, folder in (("glue/data/SST-2.zip", "SST-2"), ("v2.8.zip", "natural-instructions-2.8")):
+    for archive, folder in (
+        ("glue/data/SST-2.zip", "SST-2"),
+        ("v2.8.zip", "natural-instructions-2.8"),
+    ):
         (served / archive).parent.mkdir(parents=True, exist_ok=True)
         shutil.make_archive(served / archive.removesuffix(".zip"), "zip", files, folder)
-    header, *rows = (files / "MRPC" / "train.tsv").read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    header, *rows = (
+        (files / "MRPC" / "train.tsv").read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    )
     original = "\ufeff" + "\r\n".join([header, *rows]) + "\r\n"
     (served / "senteval/senteval_data").mkdir(parents=True)
     (served / glue.TASKS["mrpc"].archive).write_bytes(original.encode())
@@ -2800,27 +4235,58 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     server = serve(served)
     url = f"http://127.0.0.1:{server.server_port}"
     try:
-        with pytest.raises(UserError, match=r"SST-2.zip: damaged \(its SHA-256 is .* after 3 tries.*--data_dir"):
+        with pytest.raises(
+            UserError, match=r"SST-2.zip: damaged \(its SHA-256 is .* after 3 tries.*--data_dir"
+        ):
             glue.load("sst2", tmp_path / "data", url)
-        digest = lambda path: hashlib.sha256((served / path).read_bytes()).hexdigest()
-        monkeypatch.setitem(glue.TASKS, "sst2", dataclasses.replace(glue.TASKS["sst2"], sha256=digest("glue/data/SST-2.zip")))
-        monkeypatch.setitem(glue.TASKS, "mrpc", dataclasses.replace(glue.TASKS["mrpc"], sha256=digest(glue.TASKS["mrpc"].archive)))
-        monkeypatch.setattr(glue, "MRPC_DEV_IDS", (glue.MRPC_DEV_IDS[0], digest(glue.MRPC_DEV_IDS[0])))
+
+        def digest(path):
+            return hashlib.sha256((served / path).read_bytes()).hexdigest()
+
+        monkeypatch.setitem(
+            glue.TASKS,
+            "sst2",
+            dataclasses.replace(glue.TASKS["sst2"], sha256=digest("glue/data/SST-2.zip")),
+        )
+        monkeypatch.setitem(
+            glue.TASKS,
+            "mrpc",
+            dataclasses.replace(glue.TASKS["mrpc"], sha256=digest(glue.TASKS["mrpc"].archive)),
+        )
+        monkeypatch.setattr(
+            glue, "MRPC_DEV_IDS", (glue.MRPC_DEV_IDS[0], digest(glue.MRPC_DEV_IDS[0]))
+        )
         assert glue.load("sst2", tmp_path / "data", url) == glue.load("sst2", files)
         training, evaluated = glue.load("mrpc", tmp_path / "data", url)
-        assert sorted(path.name for path in (tmp_path / "data" / "MRPC").iterdir()) == ["dev.tsv", "mrpc_dev_ids.tsv", "msr_paraphrase_train.txt", "train.tsv"]
+        assert sorted(path.name for path in (tmp_path / "data" / "MRPC").iterdir()) == [
+            "dev.tsv",
+            "mrpc_dev_ids.tsv",
+            "msr_paraphrase_train.txt",
+            "train.tsv",
+        ]
         everything = glue.read(files / "MRPC" / "train.tsv", glue.TASKS["mrpc"])
-        assert [everything[0], everything[5]] == evaluated[""] and training == [row for n, row in enumerate(everything) if n not in (0, 5)]
-        assert sni.load("sni", tmp_path / "sni", f"{url}/v2.8.zip") == sni.load("sni", files / "natural-instructions-2.8")
-        assert sni.load("sni", tmp_path / "sni", "no address") == sni.load("sni", files / "natural-instructions-2.8")  # it is there now
-        assert sorted(path.name for folder in ("data", "sni") for path in (tmp_path / folder).iterdir()) == ["MRPC", "SST-2", "natural-instructions"]
+        assert [everything[0], everything[5]] == evaluated[""] and training == [
+            row for n, row in enumerate(everything) if n not in (0, 5)
+        ]
+        assert sni.load("sni", tmp_path / "sni", f"{url}/v2.8.zip") == sni.load(
+            "sni", files / "natural-instructions-2.8"
+        )
+        # It is there now.
+        assert sni.load("sni", tmp_path / "sni", "no address") == sni.load(
+            "sni", files / "natural-instructions-2.8"
+        )
+        assert sorted(
+            path.name for folder in ("data", "sni") for path in (tmp_path / folder).iterdir()
+        ) == ["MRPC", "SST-2", "natural-instructions"]
         (tmp_path / "data" / "CB").mkdir()
         with pytest.raises(UserError, match="404"):
             superglue.load("cb", tmp_path / "data", url)
     finally:
         server.shutdown()
         server.server_close()
-    with pytest.raises(UserError, match="CB.zip: .*run the same command again.*or put the published files into"):
+    with pytest.raises(
+        UserError, match="CB.zip: .*run the same command again.*or put the published files into"
+    ):
         superglue.load("cb", tmp_path / "data", url)
     (tmp_path / "data" / "CB" / "readme").write_text("")
     with pytest.raises(UserError, match="has files in it, but no train.jsonl"):
@@ -2829,21 +4295,39 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
 
 def test_files_that_are_there_are_verified_too(tmp_path):
     (tmp_path / "CoLA.zip").write_text("half of it")
-    with pytest.raises(UserError, match=r"CoLA.zip is not as published: its SHA-256 is .*; remove it"):
+    with pytest.raises(
+        UserError, match=r"CoLA.zip is not as published: its SHA-256 is .*; remove it"
+    ):
         glue.load("cola", tmp_path, "no address")
     (tmp_path / "natural-instructions.zip").write_text("half of it")
-    with pytest.raises(UserError, match=r"natural-instructions.zip is not as published: not a whole zip file"):
+    with pytest.raises(
+        UserError, match=r"natural-instructions.zip is not as published: not a whole zip file"
+    ):
         sni.load("sni", tmp_path, "no address")
     (tmp_path / "MRPC").mkdir()
     (tmp_path / "MRPC" / "msr_paraphrase_train.txt").write_text("")
     with pytest.raises(UserError, match=r"msr_paraphrase_train.txt is not as published"):
         glue.load("mrpc", tmp_path, "no address")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["CoLA.zip", "MRPC", "msr_paraphrase_train.txt", "natural-instructions.zip"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "CoLA.zip",
+        "MRPC",
+        "msr_paraphrase_train.txt",
+        "natural-instructions.zip",
+    ]
 
 
 def test_fine_tuning_waits_for_who_is_at_its_files(finished_runs, tmp_path, capsys):
     data, done = glue_files(tmp_path / "data"), []
-    flags = [str(finished_runs["bert"]), "--suite=glue", "--task=rte", f"--data_dir={data}", f"--out={tmp_path / 'out'}", "--seeds=0", "--epochs=1", "--threads=2"]
+    flags = [
+        str(finished_runs["bert"]),
+        "--suite=glue",
+        "--task=rte",
+        f"--data_dir={data}",
+        f"--out={tmp_path / 'out'}",
+        "--seeds=0",
+        "--epochs=1",
+        "--threads=2",
+    ]
     other = threading.Thread(target=lambda: done.append(finetune.main(flags)))
     with locked(data, wait=True):
         other.start()
@@ -2875,7 +4359,10 @@ def test_who_misses_the_same_files_waits(tmp_path, capsys):
         assert waiting.is_alive()
         order.append("first")
     waiting.join(10)
-    assert order == ["first", "second"] and f"waiting for another process at work on {tmp_path / 'data'}" in capsys.readouterr().out
+    assert (
+        order == ["first", "second"]
+        and f"waiting for another process at work on {tmp_path / 'data'}" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -2885,44 +4372,83 @@ def test_who_misses_the_same_files_waits(tmp_path, capsys):
         (["--suite=glue", "--task=rte,boolq"], "--task=boolq: glue has cola, mnli"),
         (["--suite=sni"], "--suite=sni is for t5;"),
         (["--suite=glue", "--seeds=a"], "expected whole numbers"),
-        (["--suite=glue", f"--seeds={2**32}"], f"--seeds={2**32}: expected whole numbers from 0 to below {2**32}"),
+        (
+            ["--suite=glue", f"--seeds={2**32}"],
+            f"--seeds={2**32}: expected whole numbers from 0 to below {2**32}",
+        ),
         (["--suite=glue", "--dropout=1"], "a dropout from 0 to below 1"),
         (["--suite=glue", "--device=gpu"], "expected cpu, cuda or cuda:NUMBER"),
         (["--suite=glue", "--threads=-1"], "expected at least 0"),
-        (["--suite=glue", "--task=rte", "--max_length=600", "--data_dir=GLUE"], "--max_length=600: this model reads at most 512 tokens"),
+        (
+            ["--suite=glue", "--task=rte", "--max_length=600", "--data_dir=GLUE"],
+            "--max_length=600: this model reads at most 512 tokens",
+        ),
     ],
 )
 def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, flags, message):
     data = glue_files(tmp_path / "data")
     with pytest.raises(SystemExit) as stopped:
-        finetune.main([str(finished_runs["bert"]), f"--out={tmp_path / 'out'}", *(flag.replace("GLUE", str(data)) for flag in flags)])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+        finetune.main(
+            [
+                str(finished_runs["bert"]),
+                f"--out={tmp_path / 'out'}",
+                *(flag.replace("GLUE", str(data)) for flag in flags),
+            ]
+        )
+    assert (
+        stopped.value.code == 2
+        and message in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_only_a_finished_run_is_fine_tuned(finished_runs, tmp_path, capsys):
-    for missing, message in (("model.pt", "its model.pt is missing"), ("*t*", "is not finished; go on with")):
-        run = shutil.copytree(finished_runs["bert"], tmp_path / message, ignore=shutil.ignore_patterns(missing))
+    for missing, message in (
+        ("model.pt", "its model.pt is missing"),
+        ("*t*", "is not finished; go on with"),
+    ):
+        run = shutil.copytree(
+            finished_runs["bert"], tmp_path / message, ignore=shutil.ignore_patterns(missing)
+        )
         (run / "config.json").write_bytes((finished_runs["bert"] / "config.json").read_bytes())
         with pytest.raises(SystemExit):
             finetune.main([str(run), "--suite=glue"])
         assert message in capsys.readouterr().err
 
 
-# -- The report and the study ------------------------------------------------------------------------------------
+# -- The report and the study ----------------------------------------------------------------------
 
 
 def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
     """A finished run's folder, with the losses of its validations."""
-    config = dataclasses.asdict(train.resolve({"method": method, "seed": seed, "budget_hours": hours, "data": "text", "device": "cpu"}))
+    config = dataclasses.asdict(
+        train.resolve(
+            {"method": method, "seed": seed, "budget_hours": hours, "data": "text", "device": "cpu"}
+        )
+    )
     config["reference"] = "mine.json"
     changes = {"corpus": "c", "reference": {"probe_seconds": {"bert": 1.0}}} | changes
     config |= changes.pop("config", {})
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     spent = [3600 * hours * (n + 1) / len(losses) for n in range(len(losses))]
-    lines = [json.dumps({"update": 10 * n, "validation_loss": loss, "spent_seconds": at}) for n, (loss, at) in enumerate(zip(losses, spent))]
+    lines = [
+        json.dumps({"update": 10 * n, "validation_loss": loss, "spent_seconds": at})
+        for n, (loss, at) in enumerate(zip(losses, spent))
+    ]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
-    result = dict(validation_loss=losses[-1], updates=100, rows=800, charged_seconds=3600.0 * hours, free_seconds=36.0, stalls=2, wall_seconds=7200.0, commit="abc", device="CPU", threads=2)
+    result = dict(
+        validation_loss=losses[-1],
+        updates=100,
+        rows=800,
+        charged_seconds=3600.0 * hours,
+        free_seconds=36.0,
+        stalls=2,
+        wall_seconds=7200.0,
+        commit="abc",
+        device="CPU",
+        threads=2,
+    )
     (folder / "result.json").write_text(json.dumps(result | changes))
     return folder
 
@@ -2931,9 +4457,25 @@ def write_score(folder, seed, score, data=1, weights=5, untrained=False, task="r
     """A result of finetune.py."""
     folder.mkdir(parents=True, exist_ok=True)
     identity = {"suite": "glue", "weights": weights, "untrained": untrained, "lr": 0.001} | recipe
-    metrics = [metric + suffix for suffix in (("", "_mismatched") if task == "mnli" else ("",)) for metric in glue.TASKS[task].metrics]
+    metrics = [
+        metric + suffix
+        for suffix in (("", "_mismatched") if task == "mnli" else ("",))
+        for metric in glue.TASKS[task].metrics
+    ]
     last, best = ({metric: score + more for metric in metrics} for more in (0.0, 0.1))
-    (folder / f"{task}-seed{seed}.json").write_text(json.dumps(dict(task=task, seed=seed, identity=identity, data_checksum=data, training_rows=9, last=last, best=best)))
+    (folder / f"{task}-seed{seed}.json").write_text(
+        json.dumps(
+            dict(
+                task=task,
+                seed=seed,
+                identity=identity,
+                data_checksum=data,
+                training_rows=9,
+                last=last,
+                best=best,
+            )
+        )
+    )
 
 
 def test_differences_and_intervals_are_scipys():
@@ -2942,19 +4484,40 @@ def test_differences_and_intervals_are_scipys():
     generator = np.random.default_rng(0)
     for count in (2, 3, 5, 12):
         ours, theirs = generator.normal(size=(2, count))
-        paired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {seed: [x] for seed, x in enumerate(theirs)})
+        paired = report.difference(
+            {seed: [x] for seed, x in enumerate(ours)}, {seed: [x] for seed, x in enumerate(theirs)}
+        )
         interval = stats.ttest_rel(ours, theirs).confidence_interval()
-        assert paired[:2] == pytest.approx([(interval.low + interval.high) / 2, (interval.high - interval.low) / 2], rel=1e-3)
+        assert paired[:2] == pytest.approx(
+            [(interval.low + interval.high) / 2, (interval.high - interval.low) / 2], rel=1e-3
+        )
         if count > 2:
-            unpaired = report.difference({seed: [x] for seed, x in enumerate(ours)}, {100 + seed: [x] for seed, x in enumerate(theirs[:-1])})
+            unpaired = report.difference(
+                {seed: [x] for seed, x in enumerate(ours)},
+                {100 + seed: [x] for seed, x in enumerate(theirs[:-1])},
+            )
             welch = stats.ttest_ind(ours, theirs[:-1], equal_var=False)
             interval = welch.confidence_interval()
-            rounded = report.t_95(welch.df) / stats.t.ppf(0.975, welch.df)  # the table of t has whole degrees of freedom, rounded down
-            expected = [(interval.low + interval.high) / 2, rounded * (interval.high - interval.low) / 2]
-            assert unpaired[:2] == pytest.approx(expected, rel=1e-3) and rounded >= 0.999 and unpaired[2] == "unpaired"
+            # The table of t has whole degrees of freedom, rounded down.
+            rounded = report.t_95(welch.df) / stats.t.ppf(0.975, welch.df)
+            expected = [
+                (interval.low + interval.high) / 2,
+                rounded * (interval.high - interval.low) / 2,
+            ]
+            assert (
+                unpaired[:2] == pytest.approx(expected, rel=1e-3)
+                and rounded >= 0.999
+                and unpaired[2] == "unpaired"
+            )
     assert report.difference({0: [2.0]}, {0: [1.0]}) == (1.0, None, "paired, 1")
-    assert report.difference({0: [2.0, 4.0], 1: [9.0]}, {0: [1.0]}) == (2.0, None, "paired, 1")  # a seed twice is one seed
-    assert report.difference({0: [2.0], 1: [4.0]}, {1: [1.0], 2: [3.0]})[2] == "unpaired"  # one common seed is too few for an interval
+    # A seed twice is one seed.
+    assert report.difference({0: [2.0, 4.0], 1: [9.0]}, {0: [1.0]}) == (
+        2.0,
+        None,
+        "paired, 1",
+    )
+    # One common seed is too few for an interval.
+    assert report.difference({0: [2.0], 1: [4.0]}, {1: [1.0], 2: [3.0]})[2] == "unpaired"
     for degrees, value in enumerate(report.T_95, 1):
         assert value == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
 
@@ -2975,20 +4538,26 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         write_run(runs / f"s{seed}", [4.1, stacked], "stacking", seed)
         write_run(runs / f"b2-{seed}", [3.9, base - 0.5], seed=seed, hours=2.0)
     write_run(runs / "lr", [9.0], config={"lr": 0.5})  # another recipe: a row of its own
-    write_run(runs / "corpus", [8.0], "stacking", corpus="another")  # another preparation, another reference, updates in place of hours: other tables
+    # Another preparation, another reference, updates in place of hours: other tables.
+    write_run(runs / "corpus", [8.0], "stacking", corpus="another")
     write_run(runs / "machine", [7.0], "stacking", reference={"probe_seconds": {"bert": 2.0}})
     write_run(runs / "short", [4.5], "stacking", hours=0.5)
     write_run(runs / "other", [7.0], config={"data": "text2"})
-    write_run(runs / "rows", [7.0], "stacking", config={"data": "text2", "validation_rows": 7})  # another measure
-    write_run(runs / "compiled", [2.5], "stacking", config={"compile": True})  # an hour buys more updates
-    write_run(runs / "path", [2.7], seed=7, config={"reference": "elsewhere/mine.json"})  # the same reference by another path
+    # Another measure.
+    write_run(runs / "rows", [7.0], "stacking", config={"data": "text2", "validation_rows": 7})
+    # An hour buys more updates.
+    write_run(runs / "compiled", [2.5], "stacking", config={"compile": True})
+    # The same reference by another path.
+    write_run(runs / "path", [2.7], seed=7, config={"reference": "elsewhere/mine.json"})
     write_run(runs / "plain", [7.0], config={"reference": "this"}, reference={"probe_seconds": {}})
     write_run(runs / "steps", [6.0], config={"budget_hours": None, "budget_steps": 5})
     (write_run(runs / "unfinished", [5.0], "lion") / "result.json").unlink()
     (write_run(runs / "damaged", [5.0], "lion") / "result.json").write_text('{"validation_loss"')
     (write_run(runs / "no-loss", [5.0], "rho") / "result.json").write_text('{"updates": 1}')
     (write_run(runs / "config", [5.0]) / "config.json").write_text("{")
-    (write_run(runs / "cut-log", [5.0], "sophia") / "log.jsonl").write_text('{"update": 1, "validation_loss": 4.0, "spent_seconds": 1.0}\n{"upd')
+    (write_run(runs / "cut-log", [5.0], "sophia") / "log.jsonl").write_text(
+        '{"update": 1, "validation_loss": 4.0, "spent_seconds": 1.0}\n{"upd'
+    )
     for run, score in (("b0", 0.5), ("b1", 0.7), ("s0", 0.8)):
         for seed in range(2):
             write_score(runs / run / "finetuned" / "glue", seed, score + 0.02 * seed)
@@ -2998,25 +4567,66 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     output = capsys.readouterr().out
     start, one = "bert-tiny on text, ", "reference mine, corpus c, probe_seconds bert 1, "
     assert re.findall("^## (.*)", output, re.MULTILINE) == [
-        start + "reference mine, corpus another, probe_seconds bert 1, 1 h of mine", start + one + "0.5 h of mine", start + one + "1 h of mine", start + one + "2 h of mine",
-        start + one + "5 updates", start + "reference mine, corpus c, probe_seconds bert 2, 1 h of mine",
+        start + "reference mine, corpus another, probe_seconds bert 1, 1 h of mine",
+        start + one + "0.5 h of mine",
+        start + one + "1 h of mine",
+        start + one + "2 h of mine",
+        start + one + "5 updates",
+        start + "reference mine, corpus c, probe_seconds bert 2, 1 h of mine",
         start + "reference this, corpus c, probe_seconds –, device CPU, threads 2, 1 h of this",
-        "bert-tiny on text2, validation_rows 1000, 1 h of mine", "bert-tiny on text2, validation_rows 7, 1 h of mine",
-    ]  # fmt: skip
+        "bert-tiny on text2, validation_rows 1000, 1 h of mine",
+        "bert-tiny on text2, validation_rows 7, 1 h of mine",
+    ]
     one = output.split("## ")[3]
-    assert "| baseline | 4 | 3.0000 ± 0.2160 | – |" in one and "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |" in one and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
-    assert "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one and "| lion | 0 | – | – | – |" in one
-    assert "| 100 | 800 | 1 | 0.01 | 2 | 2 |" in one and "commits: abc" in one and re.search("^baseline: batch 8, beta1 .*, lr 0.001, ", one, re.MULTILINE)
-    assert "| method | glue rte accuracy |" in one and "| baseline | 61.0 ± 14.1 (2 pre-trainings), best 71.0 ± 14.1 (2 pre-trainings) |" in one
-    assert "| stacking | 81.0 ± 1.4 (2 fine-tunings), best 91.0 ± 1.4 (2 fine-tunings) |" in one and "| lion | – |" in one and "\nglue (rte): lr 0.001\n" in one
-    for name, problem in (("unfinished", "unfinished"), ("damaged", "damaged: result.json"), ("no-loss", "damaged: result.json (no 'validation_loss'"), ("config", "damaged: config.json"), ("cut-log", "damaged: log.jsonl"), ("b2-0", f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged (JSONDecodeError")):
+    assert (
+        "| baseline | 4 | 3.0000 ± 0.2160 | – |" in one
+        and "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |" in one
+        and "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |" in one
+    )
+    assert (
+        "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |" in one
+        and "| lion | 0 | – | – | – |" in one
+    )
+    assert (
+        "| 100 | 800 | 1 | 0.01 | 2 | 2 |" in one
+        and "commits: abc" in one
+        and re.search("^baseline: batch 8, beta1 .*, lr 0.001, ", one, re.MULTILINE)
+    )
+    assert (
+        "| method | glue rte accuracy |" in one
+        and "| baseline | 61.0 ± 14.1 (2 pre-trainings), best 71.0 ± 14.1 (2 pre-trainings) |"
+        in one
+    )
+    assert (
+        "| stacking | 81.0 ± 1.4 (2 fine-tunings), best 91.0 ± 1.4 (2 fine-tunings) |" in one
+        and "| lion | – |" in one
+        and "\nglue (rte): lr 0.001\n" in one
+    )
+    for name, problem in (
+        ("unfinished", "unfinished"),
+        ("damaged", "damaged: result.json"),
+        ("no-loss", "damaged: result.json (no 'validation_loss'"),
+        ("config", "damaged: config.json"),
+        ("cut-log", "damaged: log.jsonl"),
+        (
+            "b2-0",
+            f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged "
+            "(JSONDecodeError",
+        ),
+    ):
         assert f"{runs / name}: {problem}" in output
     with open(tmp_path / "table.csv") as file:
-            records = [(r["method"], r["budget_hours"], r["n"], r["difference"], r["glue rte accuracy last"]) for r in csv.DictReader(file)]
-    assert ("stacking", "1.0", "3", pytest.approx(-0.2), pytest.approx(0.81)) in [(*r[:3], float(r[3]), float(r[4])) for r in records if r[3] and r[4]]
+        records = [
+            (r["method"], r["budget_hours"], r["n"], r["difference"], r["glue rte accuracy last"])
+            for r in csv.DictReader(file)
+        ]
+    assert ("stacking", "1.0", "3", pytest.approx(-0.2), pytest.approx(0.81)) in [
+        (*r[:3], float(r[3]), float(r[4])) for r in records if r[3] and r[4]
+    ]
     assert ("lion", "1.0", "0", "", "") in records and len(records) == 15
     figures = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert len([name for name in figures if name.startswith("loss-")]) == 9 and len(figures) == 11  # and final losses and speed-up by budget
+    # And final losses and speed-up by budget.
+    assert len([name for name in figures if name.startswith("loss-")]) == 9 and len(figures) == 11
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "figures")])
     assert "neither the folder of a run nor a folder with runs" in capsys.readouterr().err
@@ -3024,13 +4634,33 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
 
 def test_two_versions_of_a_method_file_are_named(tmp_path, corpus_folder, capsys):
     for seed, version in enumerate("aab"):
-        write_run(tmp_path / f"run{seed}", [3.0], "lion", seed, method_files={"baseline": "c", "lion": version})
+        write_run(
+            tmp_path / f"run{seed}",
+            [3.0],
+            "lion",
+            seed,
+            method_files={"baseline": "c", "lion": version},
+        )
     report.main([str(tmp_path)])
     versions = f"a: {tmp_path / 'run0'}, {tmp_path / 'run1'}; b: {tmp_path / 'run2'}"
     output = capsys.readouterr().out
-    assert f"methods/lion.py differs between these runs: {versions}\n" in output and "methods/baseline.py" not in output
-    result = train.main(small_run(corpus_folder, tmp_path / "real", "--method=lawa+wsd", "--budget_steps=1", "--validations=1"))
-    expected = {name: hashlib.sha256((ROOT / "methods" / f"{name}.py").read_bytes()).hexdigest()[:12] for name in ("baseline", "lawa", "wsd")}
+    assert (
+        f"methods/lion.py differs between these runs: {versions}\n" in output
+        and "methods/baseline.py" not in output
+    )
+    result = train.main(
+        small_run(
+            corpus_folder,
+            tmp_path / "real",
+            "--method=lawa+wsd",
+            "--budget_steps=1",
+            "--validations=1",
+        )
+    )
+    expected = {
+        name: hashlib.sha256((ROOT / "methods" / f"{name}.py").read_bytes()).hexdigest()[:12]
+        for name in ("baseline", "lawa", "wsd")
+    }
     assert result["method_files"] == expected
 
 
@@ -3043,31 +4673,53 @@ def test_difference_and_speed_up_are_to_the_same_baseline(tmp_path, capsys):
     write_run(runs / "stacking", [3.5], "stacking", hours=4.0)
     report.main([str(runs), f"--figures={tmp_path / 'figures'}"])
     one = next(part for part in capsys.readouterr().out.split("## ") if ", 4 h of" in part)
-    assert "| stacking | 1 | 3.5000 ± – | -0.5000 ± – (paired, 1) | 2.00 |" in one and "| baseline lr=0.5 | 1 | 4.0000 ± – | – | 1.00 |" in one
+    assert (
+        "| stacking | 1 | 3.5000 ± – | -0.5000 ± – (paired, 1) | 2.00 |" in one
+        and "| baseline lr=0.5 | 1 | 4.0000 ± – | – | 1.00 |" in one
+    )
 
 
 def test_scores_are_averaged_only_with_their_like(tmp_path, capsys):
-    """Other data, another recipe or another start is a column of its own, whatever its folder is called."""
+    """Other data, another recipe or another start is a column of its own, whatever its folder is
+    called."""
     runs = tmp_path / "runs"
-    places = {run: write_run(runs / run, [3.0], seed=seed) / "finetuned" for seed, run in enumerate("abc")}
+    places = {
+        run: write_run(runs / run, [3.0], seed=seed) / "finetuned" for seed, run in enumerate("abc")
+    }
 
     def cells():
         report.main([str(runs), f"--csv={tmp_path / 'table.csv'}"])
         output = capsys.readouterr().out
-        titles, scores = ([cell.strip() for cell in line.split("|")[1:-1]] for line in output.split("Fine-tuned")[1].splitlines() if re.match(r"\| (method|baseline)", line))
-        return {title: cell.partition(",")[0] for title, cell in zip(titles[1:], scores[1:])}, output
+        titles, scores = (
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in output.split("Fine-tuned")[1].splitlines()
+            if re.match(r"\| (method|baseline)", line)
+        )
+        return {
+            title: cell.partition(",")[0] for title, cell in zip(titles[1:], scores[1:])
+        }, output
 
     for seed, (score, before) in enumerate([(0.80, 0.77), (0.82, 0.80), (0.84, 0.80)]):
         write_score(places["a"] / "glue", seed, score)
         write_score(places["a"] / "anything", seed, before, untrained=True)
     found, output = cells()
-    assert found == {"glue rte accuracy": "82.0 ± 2.0 (3 fine-tunings)", "glue untrained rte accuracy": "79.0 ± 1.7 (3 fine-tunings)"}
-    gain = "baseline, glue rte accuracy, last epoch: pre-trained minus untrained +3.0 ± 2.5 points, 95% over fine-tuning seeds (paired, 3)"  # 4.303 / 3**0.5
+    assert found == {
+        "glue rte accuracy": "82.0 ± 2.0 (3 fine-tunings)",
+        "glue untrained rte accuracy": "79.0 ± 1.7 (3 fine-tunings)",
+    }
+    # 4.303 / 3**0.5.
+    gain = (
+        "baseline, glue rte accuracy, last epoch: pre-trained minus untrained +3.0 ± 2.5 points, "
+        "95% over fine-tuning seeds (paired, 3)"
+    )
     assert gain in output and "\nglue (rte): lr 0.001\n" in output
     with open(tmp_path / "table.csv") as file:
         record = next(csv.DictReader(file))
-    assert [float(record[f"glue rte accuracy {name}"]) for name in ("last", "last deviation", "n")] == pytest.approx([0.82, 0.02, 3])
-    for seed, before in enumerate((0.77, 0.80, 0.80)):  # the same from any run: no more evidence than before
+    assert [
+        float(record[f"glue rte accuracy {name}"]) for name in ("last", "last deviation", "n")
+    ] == pytest.approx([0.82, 0.02, 3])
+    # The same from any run: no more evidence than before.
+    for seed, before in enumerate((0.77, 0.80, 0.80)):
         write_score(places["b"] / "glue-untrained", seed, before, untrained=True)
     assert cells()[0] == found and gain in cells()[1]
     write_score(places["a"] / "glue-more", 3, 0.94)  # another seed of the same
@@ -3076,15 +4728,24 @@ def test_scores_are_averaged_only_with_their_like(tmp_path, capsys):
     write_score(places["c"] / "glue", 0, 0.65)
     found, output = cells()
     assert found == {
-        "glue rte accuracy lr=0.001 data_checksum=1": "75.0 ± 14.1 (2 pre-trainings)", "glue rte accuracy lr=0.001 data_checksum=2": "95.0 (1 fine-tuning)",
-        "glue rte accuracy lr=0.5 data_checksum=1": "91.0 (1 fine-tuning)", "glue untrained rte accuracy lr=0.001 data_checksum=1": "79.0 ± 1.7 (3 fine-tunings)",
-    }  # fmt: skip
+        "glue rte accuracy lr=0.001 data_checksum=1": "75.0 ± 14.1 (2 pre-trainings)",
+        "glue rte accuracy lr=0.001 data_checksum=2": "95.0 (1 fine-tuning)",
+        "glue rte accuracy lr=0.5 data_checksum=1": "91.0 (1 fine-tuning)",
+        "glue untrained rte accuracy lr=0.001 data_checksum=1": "79.0 ± 1.7 (3 fine-tunings)",
+    }
     assert "\nglue (rte): lr 0.001\nglue (rte): lr 0.5\n" in output
-    # 0.85 and 0.65 against 0.77, 0.80 and 0.80 are two samples, so that the spread of the pre-trainings counts: 12.706 (0.01 + 0.0001)**0.5
-    assert "pre-trained minus untrained -4.0 ± 127.7 points, 95% over pre-training seeds (unpaired)" in output
+    # 0.85 and 0.65 against 0.77, 0.80 and 0.80 are two samples, so that the spread of the
+    # pre-trainings counts: 12.706 (0.01 + 0.0001)**0.5
+    assert (
+        "pre-trained minus untrained -4.0 ± 127.7 points, 95% over pre-training seeds (unpaired)"
+        in output
+    )
     write_score(places["c"] / "other", 0, 0.1, weights=6)
     found, output = cells()
-    assert f"{runs / 'c' / 'finetuned'}: its results are of 2 different weights" in output and found["glue rte accuracy lr=0.001 data_checksum=1"] == "85.0 ± 6.2 (4 fine-tunings)"
+    assert (
+        f"{runs / 'c' / 'finetuned'}: its results are of 2 different weights" in output
+        and found["glue rte accuracy lr=0.001 data_checksum=1"] == "85.0 ± 6.2 (4 fine-tunings)"
+    )
 
 
 def test_the_mean_of_a_suite_is_of_its_own_tasks(tmp_path, capsys):
@@ -3094,26 +4755,62 @@ def test_the_mean_of_a_suite_is_of_its_own_tasks(tmp_path, capsys):
             write_score(place, 0, 0.6 + 0.1 * seed, task=task)
     report.main([str(tmp_path)])
     output = capsys.readouterr().out
-    assert "| glue all score |" in output and "| 65.0 ± 7.1 (2 pre-trainings), best 75.0 ± 7.1 (2 pre-trainings) |" in output
+    assert (
+        "| glue all score |" in output
+        and "| 65.0 ± 7.1 (2 pre-trainings), best 75.0 ± 7.1 (2 pre-trainings) |" in output
+    )
     write_score(place, 1, 0.5, task="sst2", data=2)  # of which data is the mean now?
     report.main([str(tmp_path / "run1")])
     assert " all score" not in capsys.readouterr().out
 
 
-def test_running_out_of_memory_is_a_message(finished_runs, tmp_path, corpus_folder, monkeypatch, capsys):
-    """Wherever it happens: in the warm-up before the first update, in the middle, or in fine-tuning."""
-    too_much = lambda *arguments: torch.empty(10**15)
+def test_running_out_of_memory_is_a_message(
+    finished_runs, tmp_path, corpus_folder, monkeypatch, capsys
+):
+    """Wherever it happens: in the warm-up before the first update, in the middle, or in
+    fine-tuning."""
+
+    def too_much(*arguments):
+        return torch.empty(10**15)
+
     data = glue_files(tmp_path / "data")
     for main, flags, where, message in (
-        (train.main, small_run(corpus_folder, tmp_path / "warm-up"), (train, "warm_up"), "--micro_batch=6; a smaller one"),
-        (train.main, small_run(corpus_folder, tmp_path / "loop"), (train, "validate"), "--micro_batch=6; a smaller one"),
-        (finetune.main, [str(finished_runs["bert"]), "--suite=glue", "--task=rte", f"--data_dir={data}", f"--out={tmp_path / 'out'}"], (finetune.Classifier, "loss"), "--batch=16 --max_length=128"),
+        (
+            train.main,
+            small_run(corpus_folder, tmp_path / "warm-up"),
+            (train, "warm_up"),
+            "--micro_batch=6; a smaller one",
+        ),
+        (
+            train.main,
+            small_run(corpus_folder, tmp_path / "loop"),
+            (train, "validate"),
+            "--micro_batch=6; a smaller one",
+        ),
+        (
+            finetune.main,
+            [
+                str(finished_runs["bert"]),
+                "--suite=glue",
+                "--task=rte",
+                f"--data_dir={data}",
+                f"--out={tmp_path / 'out'}",
+            ],
+            (finetune.Classifier, "loss"),
+            "--batch=16 --max_length=128",
+        ),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(*where, too_much)
             main(flags)
-        assert stopped.value.code == 2 and f"error: out of memory with {message}" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="shapes differ"), train.explains_out_of_memory("with this"):
+        assert (
+            stopped.value.code == 2
+            and f"error: out of memory with {message}" in capsys.readouterr().err
+        )
+    with (
+        pytest.raises(RuntimeError, match="shapes differ"),
+        train.explains_out_of_memory("with this"),
+    ):
         raise RuntimeError("shapes differ")
 
 
@@ -3121,8 +4818,14 @@ def test_a_run_that_changed_its_precision_is_named(tmp_path, capsys):
     run = write_run(tmp_path / "run", [3.0])
     result = json.loads((run / "result.json").read_text())
     config = json.loads((run / "config.json").read_text())
-    for changes, problem in (({"dtype": "bf16"}, f"{run}: resumed with another dtype, fp32 and then bf16"), ({"threads": 7}, ""), (None, f"{run}: damaged: result.json")):
-        (run / "result.json").write_text(json.dumps(result | {"config": changes and config | changes}))
+    for changes, problem in (
+        ({"dtype": "bf16"}, f"{run}: resumed with another dtype, fp32 and then bf16"),
+        ({"threads": 7}, ""),
+        (None, f"{run}: damaged: result.json"),
+    ):
+        (run / "result.json").write_text(
+            json.dumps(result | {"config": changes and config | changes})
+        )
         report.main([str(run)])
         output = capsys.readouterr().out
         assert problem in output and (problem or "resumed" not in output)
@@ -3130,39 +4833,92 @@ def test_a_run_that_changed_its_precision_is_named(tmp_path, capsys):
 
 def test_a_folder_that_is_a_file_is_a_message(finished_runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for main, flags in ((report.main, [f"--figures={tmp_path / 'file'}"]), (finetune.main, ["--suite=glue", "--task=rte", f"--data_dir={tmp_path / 'file'}"])):
+    for main, flags in (
+        (report.main, [f"--figures={tmp_path / 'file'}"]),
+        (finetune.main, ["--suite=glue", "--task=rte", f"--data_dir={tmp_path / 'file'}"]),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main([str(finished_runs["bert"]), *flags])
         assert stopped.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
-    """The rows of the study's tables in both pages are those of the runs that are kept in results/runs."""
+    """The rows of the study's tables in both pages are those of the runs that are kept in
+    results/runs."""
     here = Path(__file__).parent
     report.main([str(here / "results" / "runs"), f"--csv={tmp_path / 'table.csv'}"])
     shown = re.findall(r"^\| stacking \| 3 \| .*", (here / "README.md").read_text(), re.MULTILINE)
     assert len(shown) == 1 and shown[0] in capsys.readouterr().out
     with open(tmp_path / "table.csv") as file:
-        records = [r for r in csv.DictReader(file) if r["n"] == "3" and r["budget_hours"] == {"bert": "0.05", "t5": "0.1"}[r["model"]]]
+        records = [
+            r
+            for r in csv.DictReader(file)
+            if r["n"] == "3" and r["budget_hours"] == {"bert": "0.05", "t5": "0.1"}[r["model"]]
+        ]
     assert len(records) == 14
     for r in records:
-        loss, deviation = (format(float(r[name]), ".4f") for name in ("validation_loss", "standard_deviation"))
-        gap = f"{float(r['difference']):+.4f} ± {float(r['interval_95']):.4f}" if r["difference"] else ""
-        speed_up = [r["speed_up"] if r["speed_up"].startswith("<") else format(float(r["speed_up"]), ".2f")] if r["model"] == "bert" else []
-        row = " | ".join([r["method"], loss, deviation, gap, *speed_up, format(float(r["updates"]), ",.0f")])
+        loss, deviation = (
+            format(float(r[name]), ".4f") for name in ("validation_loss", "standard_deviation")
+        )
+        gap = (
+            f"{float(r['difference']):+.4f} ± {float(r['interval_95']):.4f}"
+            if r["difference"]
+            else ""
+        )
+        speed_up = (
+            [
+                r["speed_up"]
+                if r["speed_up"].startswith("<")
+                else format(float(r["speed_up"]), ".2f")
+            ]
+            if r["model"] == "bert"
+            else []
+        )
+        row = " | ".join(
+            [r["method"], loss, deviation, gap, *speed_up, format(float(r["updates"]), ",.0f")]
+        )
         assert f"| {row} |" in (here / "README.md").read_text()
-        runs = [here / "results" / "runs" / f"{r['model']}-tiny-{r['method']}-english-{r['budget_hours']}h-one-epyc-thread-seed{seed}" / "result.json" for seed in range(3)]
+        plan = f"{r['model']}-tiny-{r['method']}-english-{r['budget_hours']}h-one-epyc-thread"
+        folder = here / "results" / "runs"
+        runs = [folder / f"{plan}-seed{seed}" / "result.json" for seed in range(3)]
         losses = [format(json.loads(path.read_text())["validation_loss"], ".4f") for path in runs]
-        assert f"| `{r['method']}` | {' | '.join([*losses, loss, deviation])} |" in (here / "results" / "README.md").read_text()
+        assert (
+            f"| `{r['method']}` | {' | '.join([*losses, loss, deviation])} |"
+            in (here / "results" / "README.md").read_text()
+        )
     accuracies = {}
-    for name, run, folder in (("pre-trained, 1.25 h", "1.25h", "glue"), ("pre-trained, 0.63 h", "0.63h", "glue"), ("untrained", "1.25h", "glue-untrained")):
-        files = [here / "results" / "sst2" / f"bert-tiny-8192-english-{run}" / "finetuned" / folder / f"sst2-seed{seed}.json" for seed in range(10)]
-        mine = accuracies[name] = [100 * json.loads(path.read_text())["last"]["accuracy"] for path in files]
-        cells = " | ".join(format(value, ".1f") for value in [*mine, np.mean(mine), np.std(mine, ddof=1)])
+    for name, run, folder in (
+        ("pre-trained, 1.25 h", "1.25h", "glue"),
+        ("pre-trained, 0.63 h", "0.63h", "glue"),
+        ("untrained", "1.25h", "glue-untrained"),
+    ):
+        files = [
+            here
+            / "results"
+            / "sst2"
+            / f"bert-tiny-8192-english-{run}"
+            / "finetuned"
+            / folder
+            / f"sst2-seed{seed}.json"
+            for seed in range(10)
+        ]
+        mine = accuracies[name] = [
+            100 * json.loads(path.read_text())["last"]["accuracy"] for path in files
+        ]
+        cells = " | ".join(
+            format(value, ".1f") for value in [*mine, np.mean(mine), np.std(mine, ddof=1)]
+        )
         assert f"| {name} | {cells} |" in (here / "results" / "README.md").read_text()
-        assert f"{np.mean(mine):.1f}% ± {np.std(mine, ddof=1):.1f}" in (here / "README.md").read_text()
+        assert (
+            f"{np.mean(mine):.1f}% ± {np.std(mine, ddof=1):.1f}" in (here / "README.md").read_text()
+        )
     for name in list(accuracies)[:2]:
-        mean, half, _ = report.difference(*(dict(enumerate([value] for value in accuracies[which])) for which in (name, "untrained")))
+        mean, half, _ = report.difference(
+            *(
+                dict(enumerate([value] for value in accuracies[which]))
+                for which in (name, "untrained")
+            )
+        )
         assert f"mean {mean:+.2f} ± {half:.2f}" in (here / "results" / "README.md").read_text()
 
 
@@ -3171,16 +4927,25 @@ def test_report_reads_real_runs(finished_runs, capsys):
     output = capsys.readouterr().out
     for model, run in finished_runs.items():
         loss = json.loads((run / "result.json").read_text())["validation_loss"]
-        assert re.search(rf"## {model}-tiny on .*, 2 updates\n", output) and f"| baseline | 1 | {loss:.4f} ± – |" in output
+        assert (
+            re.search(rf"## {model}-tiny on .*, 2 updates\n", output)
+            and f"| baseline | 1 | {loss:.4f} ± – |" in output
+        )
 
 
 def small_study(corpus_folder, *flags):
     """The command of a study of runs that take seconds."""
-    return ["study.py", *flags, *(flag for flag in small_run(corpus_folder, None) if not flag.startswith("--out"))]
+    return [
+        "study.py",
+        *flags,
+        *(flag for flag in small_run(corpus_folder, None) if not flag.startswith("--out")),
+    ]
 
 
 def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
-    flags = small_study(corpus_folder, "--methods=baseline,stacking", "--seeds=0,1", "--budgets=0.0002")
+    flags = small_study(
+        corpus_folder, "--methods=baseline,stacking", "--seeds=0,1", "--budgets=0.0002"
+    )
     first = command(*flags, project=project)
     assert first.returncode == 0, first.stderr
     folders = sorted((project / "runs").iterdir())
@@ -3189,21 +4954,43 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     (folders[0] / "result.json").unlink()  # as if it had been stopped just before its end
     second = command(*flags, project=project)
     assert second.returncode == 0, second.stderr
-    assert re.findall(r": (finished|interrupted|new)", first.stdout + second.stdout) == ["new"] * 4 + ["interrupted"] + ["finished"] * 3
+    assert (
+        re.findall(r": (finished|interrupted|new)", first.stdout + second.stdout)
+        == ["new"] * 4 + ["interrupted"] + ["finished"] * 3
+    )
     resumed = json.loads((folders[0] / "result.json").read_text())["command"]
-    assert sorted((project / "runs").iterdir()) == folders and "--resume=" in resumed and "--size=tiny" in resumed
+    assert (
+        sorted((project / "runs").iterdir()) == folders
+        and "--resume=" in resumed
+        and "--size=tiny" in resumed
+    )
     assert all((folder / "result.json").read_bytes() == results[folder] for folder in folders[1:])
-    for flag, message in (("--size=huge", "--size"), ("--method=lion", "a study has --methods"), ("--seed=3", "a study has --seeds"), ("--budget_steps=3", "counts hours"), ("--data=none", "--data=none: not prepared")):
+    for flag, message in (
+        ("--size=huge", "--size"),
+        ("--method=lion", "a study has --methods"),
+        ("--seed=3", "a study has --seeds"),
+        ("--budget_steps=3", "counts hours"),
+        ("--data=none", "--data=none: not prepared"),
+    ):
         wrong = command(*flags, flag, project=project)
         assert wrong.returncode == 2 and message in wrong.stderr and "[1 of 4]" not in wrong.stdout
     (folders[0] / "result.json").unlink()
-    for flag, message in (("--dtype=bf16", "was begun with --dtype=fp32, not bf16"), ("--threads=1", "was begun with --threads=2, not 1")):
+    for flag, message in (
+        ("--dtype=bf16", "was begun with --dtype=fp32, not bf16"),
+        ("--threads=1", "was begun with --threads=2, not 1"),
+    ):
         other = command(*flags, flag, project=project)
         assert other.returncode == 2 and message in other.stderr and other.stdout == ""
     (folders[0] / "checkpoint.pt").unlink()  # then nothing of it counts
-    assert command(*flags, "--methods=baseline", "--seeds=0", "--dtype=bf16", project=project).returncode == 0
+    assert (
+        command(
+            *flags, "--methods=baseline", "--seeds=0", "--dtype=bf16", project=project
+        ).returncode
+        == 0
+    )
     assert json.loads((folders[0] / "config.json").read_text())["dtype"] == "bf16"
-    again = command(*flags, project=project)  # the precision that is meant is another one, typed or not
+    # The precision that is meant is another one, typed or not.
+    again = command(*flags, project=project)
     assert again.returncode == 2 and "was begun with --dtype=bf16, not fp32" in again.stderr
     wrong = command(*flags, "--data", "seed", project=project)  # a flag's value is no flag
     assert wrong.returncode == 2 and "--data=seed: not prepared" in wrong.stderr
@@ -3211,8 +4998,18 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
 
 def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder):
     flags = small_study(corpus_folder, "--methods=fails,baseline", "--seeds=0", "--budgets=0.002")
-    (project / "methods" / "fails.py").write_text("from errors import UserError\nfrom methods.baseline import Method\n\n\nclass Fails(Method):\n    def next_batch(self):\n        raise UserError('it fails')\n")
-    study = subprocess.Popen([sys.executable, *flags], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    (project / "methods" / "fails.py").write_text(
+        "from errors import UserError\nfrom methods.baseline import Method\n\n\nclass "
+        "Fails(Method):\n    def next_batch(self):\n        raise UserError('it fails')\n"
+    )
+    study = subprocess.Popen(
+        [sys.executable, *flags],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     log = project / "runs" / "bert-tiny-baseline-bert-512-0.002h-this-seed0" / "log.jsonl"
     for _ in range(1000):
         if log.exists() and log.stat().st_size:
@@ -3221,29 +5018,69 @@ def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder)
     assert log.exists() and log.stat().st_size
     os.killpg(study.pid, signal.SIGINT)  # as a terminal does
     output, error = study.communicate(timeout=60)
-    assert study.returncode == 130 and "stopped after update" in output and "it fails" in error and not (log.parent / "result.json").exists()
+    assert (
+        study.returncode == 130
+        and "stopped after update" in output
+        and "it fails" in error
+        and not (log.parent / "result.json").exists()
+    )
     again = command(*flags, project=project)
-    assert again.returncode == 2 and "1 of 2 runs failed: runs/bert-tiny-fails" in again.stderr and (log.parent / "result.json").exists()
+    assert (
+        again.returncode == 2
+        and "1 of 2 runs failed: runs/bert-tiny-fails" in again.stderr
+        and (log.parent / "result.json").exists()
+    )
 
 
-# -- The house --------------------------------------------------------------------------------------------
+# -- The house -------------------------------------------------------------------------------------
 
 
 def test_the_loop_names_no_method_and_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("methods/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tasks/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("methods/*.py"),
+        *ROOT.glob("data/*.py"),
+        *ROOT.glob("tasks/*.py"),
+    ]:
         assert path.name in readme, path
     for flag in set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)):
-        assert flag in {field.name for field in dataclasses.fields(train.Config)} | {"resume", "help"}, flag
+        assert flag in {field.name for field in dataclasses.fields(train.Config)} | {
+            "resume",
+            "help",
+        }, flag
     source = (ROOT / "train.py").read_text()
     for name in set(methods.names()) - {"baseline"}:
         assert not re.search(rf"(?<![a-z]){name}(?![a-z])", source), name
 
 
 def test_every_class_and_hook_has_a_docstring():
-    for module in (models, rst, train, prepare, corpora, methods, baseline, optimizers, finetune, tasks, glue, superglue, sni, report):
+    for module in (
+        models,
+        rst,
+        train,
+        prepare,
+        corpora,
+        methods,
+        baseline,
+        optimizers,
+        finetune,
+        tasks,
+        glue,
+        superglue,
+        sni,
+        report,
+    ):
         for name, value in vars(module).items():
             if isinstance(value, type) and value.__module__ == module.__name__:
-                assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name  # which dataclass writes itself
-    for hook in (*methods.HOOKS, "begin_update", "after_step", "report", "state_dict", "load_state_dict"):
+                # Which dataclass writes itself.
+                assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name
+    for hook in (
+        *methods.HOOKS,
+        "begin_update",
+        "after_step",
+        "report",
+        "state_dict",
+        "load_state_dict",
+    ):
         assert getattr(Method, hook).__doc__, hook

@@ -1,12 +1,12 @@
 """Trains a model with a method under a budget of reference system time.
 
-    python train.py                                     what this machine can do in three minutes
-    python train.py --method=NAME --budget_hours=12     a method of methods/, 12 hours on the reference
-    python train.py --resume=runs/NAME                  goes on where a run was stopped
-    torchrun --nproc_per_node=8 train.py ...            the same on many devices
+    python train.py                                   what this machine can do in three minutes
+    python train.py --method=NAME --budget_hours=12   a method, 12 hours of the reference
+    python train.py --resume=runs/NAME                goes on where a run was stopped
+    torchrun --nproc_per_node=8 train.py ...          the same on many devices
 
-Every run is a folder: config.json, log.jsonl (an object per update and per validation), checkpoint.pt,
-model.pt (weights only), result.json (written last).
+Every run is a folder: config.json, log.jsonl (an object per update and per validation),
+checkpoint.pt, model.pt (weights only), result.json (written last).
 """
 
 import argparse
@@ -31,12 +31,15 @@ from types import SimpleNamespace
 
 import rst  # sets GOMP_SPINCOUNT, so it must precede torch
 
+# isort: split
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-# Its functions have the process group as a default argument: imported once there is one (torch's optimizers
-# do), they keep it and its threads alive past destroy_process_group, and the interpreter may abort at its end.
+# Its functions have the process group as a default argument: imported once there is one (torch's
+# optimizers do), they keep it and its threads alive past destroy_process_group, and the interpreter
+# may abort at its end.
 import torch.distributed.nn.functional  # noqa: F401
 from tqdm import tqdm
 
@@ -55,14 +58,25 @@ from parallel import (
     sum_over_processes,
     wait_for_all,
 )
-from runs import ROOT, git_commit, locked, read_record, read_tensors, relative_path, write_json, write_tensors
+from runs import (
+    ROOT,
+    git_commit,
+    locked,
+    read_record,
+    read_tensors,
+    relative_path,
+    write_json,
+    write_tensors,
+)
 
 WEEK_HOURS = 7 * 24
 
 
 def setting(default, help, choices=(), group=None):
     """A flag. `group`: the heading in --help of this flag and those that follow."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "group": group}
+    )
 
 
 @dataclass(frozen=True)
@@ -73,20 +87,38 @@ class Config:
     size: str = setting(None, "base with a GPU, else tiny", ("tiny", "small", "base"))
     method: str = setting("baseline", "a file of methods/, or several joined by +")
 
-    data: str = setting(None, "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)", group="on what")
-    vocabulary: int = setting(None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)")
+    data: str = setting(
+        None,
+        "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)",
+        group="on what",
+    )
+    vocabulary: int = setting(
+        None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)"
+    )
     row_length: int = setting(None, "tokens that a row reads (128; t5 from small on: 512)")
-    holdout: float = setting(0.2, "share of the rows that is kept from training, for every method alike")
+    holdout: float = setting(
+        0.2, "share of the rows that is kept from training, for every method alike"
+    )
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
-    validation_rows: int = setting(None, "rows of the fixed validation set (base: 10000, else 1000)")
+    validation_rows: int = setting(
+        None, "rows of the fixed validation set (base: 10000, else 1000)"
+    )
 
-    budget_hours: float = setting(None, "budget in hours of the reference (0.05)", group="for how long")
+    budget_hours: float = setting(
+        None, "budget in hours of the reference (0.05)", group="for how long"
+    )
     budget_steps: int = setting(None, "budget in updates instead")
-    reference: str = setting(None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this; else the study's)")
+    reference: str = setting(
+        None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this; else the study's)"
+    )
     reprobe: bool = setting(True, "time the probe again during the run")
-    validations: int = setting(4, "how often to validate, evenly over the budget; the last is at its end")
+    validations: int = setting(
+        4, "how often to validate, evenly over the budget; the last is at its end"
+    )
 
-    batch: int = setting(None, "rows an update", group="the recipe (defaults by method, model and size)")
+    batch: int = setting(
+        None, "rows an update", group="the recipe (defaults by method, model and size)"
+    )
     lr: float = setting(None, "peak learning rate")
     schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
     beta1: float = setting(None, "decay of the first moment")
@@ -97,10 +129,16 @@ class Config:
     clip: float = setting(None, "limit of the global gradient norm")
     seed: int = setting(0, "of initial weights, row order and corruption")
 
-    device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)", group="how it runs (may change on resume)")
+    device: str = setting(
+        None, "cpu, cuda, cuda:1 (cuda if there is one)", group="how it runs (may change on resume)"
+    )
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", ("fp32", "bf16", "fp16"))
-    compile: bool = setting(False, "compile the layers, one by one, and the project's own optimizers")
-    micro_batch: int = setting(None, "rows a forward pass; changes speed and memory only (CPU: 8; GPU: bert 128, t5 72)")
+    compile: bool = setting(
+        False, "compile the layers, one by one, and the project's own optimizers"
+    )
+    micro_batch: int = setting(
+        None, "rows a forward pass; changes speed and memory only (CPU: 8; GPU: bert 128, t5 72)"
+    )
     threads: int = setting(0, "CPU threads (0: torch's choice)")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints")
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
@@ -108,25 +146,56 @@ class Config:
     options: dict = setting(None, "the method's own options")
 
 
-MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads", "checkpoint_minutes", "out", "yes"}
+MAY_CHANGE_ON_RESUME = {
+    "device",
+    "dtype",
+    "compile",
+    "micro_batch",
+    "threads",
+    "checkpoint_minutes",
+    "out",
+    "yes",
+}
 DECIDES_WHAT_AN_HOUR_BUYS = {"dtype", "compile", "micro_batch"}  # of these
 VOCABULARY = {
     "bert": {"tiny": TINY_VOCABULARY["bert"], "small": 8192, "base": 32768},
     "t5": {"tiny": TINY_VOCABULARY["t5"], "small": 8192, "base": 32128},
 }
-ROW_LENGTH = {"bert": {"tiny": 128, "small": 128, "base": 128}, "t5": {"tiny": 128, "small": 512, "base": 512}}
+ROW_LENGTH = {
+    "bert": {"tiny": 128, "small": 128, "base": 128},
+    "t5": {"tiny": 128, "small": 512, "base": 512},
+}
 MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
 VALIDATION_ROWS = {"tiny": 1000, "small": 1000, "base": 10_000}
 STUDY_REFERENCE = {"bert": "rtx3090", "t5": "a100"}
-CHECKPOINT = ("config", "corpus", "model", "optimizer", "scaler", "method", "clock", "stream", "state")  # its parts
+# Its parts.
+CHECKPOINT = (
+    "config",
+    "corpus",
+    "model",
+    "optimizer",
+    "scaler",
+    "method",
+    "clock",
+    "stream",
+    "state",
+)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-AT_LEAST_ONE = ("vocabulary", "row_length", "validation_rows", "budget_steps", "batch", "micro_batch", "validations")
+AT_LEAST_ONE = (
+    "vocabulary",
+    "row_length",
+    "validation_rows",
+    "budget_steps",
+    "batch",
+    "micro_batch",
+    "validations",
+)
 ABOVE_ZERO = ("budget_hours", "clip", "checkpoint_minutes")
 AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "threads")
 SEEDS = 2**32  # how many there are: no library refuses one of these
 
 
-# -- Flags -------------------------------------------------------------------------------------------------
+# -- Flags -----------------------------------------------------------------------------------------
 
 
 def parse(arguments):
@@ -141,24 +210,45 @@ def parse(arguments):
             method = read_record(Path(argument[9:]) / "config.json").get("method", method)
     options = methods.find(method).options
     if taken := set(options) & {field.name for field in dataclasses.fields(Config)}:
-        raise UserError(f"--method={method}: its option {taken.pop()} has the name of a common flag; rename it")
+        raise UserError(
+            f"--method={method}: its option {taken.pop()} has the name of a common flag; rename it"
+        )
     parser = Parser(
-        description=__doc__, argument_default=argparse.SUPPRESS, prog="train.py",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        prog="train.py",
         epilog=f"methods: {', '.join(methods.names())}; combine them with +",
-    )  # fmt: skip
+    )
 
     def add(group, name, kind, default, help, choices):
         help = help.replace("%", "%%")  # argparse formats it
-        shown = help if default in (None, "") else f"{help} ({str(default).lower() if kind is bool else default})"
+        shown = (
+            help
+            if default in (None, "")
+            else f"{help} ({str(default).lower() if kind is bool else default})"
+        )
         extra = dict(nargs="?", const=True) if kind is bool else dict(choices=choices or None)
         metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-        group.add_argument(f"--{name}", type=boolean if kind is bool else kind, help=shown, metavar=metavar, **extra)
+        group.add_argument(
+            f"--{name}",
+            type=boolean if kind is bool else kind,
+            help=shown,
+            metavar=metavar,
+            **extra,
+        )
 
     for field in dataclasses.fields(Config):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.name != "options":
-            add(group, field.name, field.type, field.default, field.metadata["help"], field.metadata["choices"])
+            add(
+                group,
+                field.name,
+                field.type,
+                field.default,
+                field.metadata["help"],
+                field.metadata["choices"],
+            )
     parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
     group = parser.add_argument_group(f"options of --method={method}")
     for name, option in options.items():
@@ -170,7 +260,10 @@ def parse(arguments):
         close = difflib.get_close_matches(flag, known, n=1)
         if not flag.startswith("-"):
             raise UserError(f"{flag!r} is not a flag; flags are written --name=value")
-        raise UserError(f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else f"; flags: {' '.join(known)}"))
+        raise UserError(
+            f"unknown flag {flag}"
+            + (f", did you mean {close[0]}?" if close else f"; flags: {' '.join(known)}")
+        )
     typed = vars(typed)
     resume = typed.pop("resume", None)
     if typed_options := {name: typed.pop(name) for name in list(typed) if name in options}:
@@ -191,9 +284,14 @@ def resolve(typed):
     recipe = combination.defaults(values["model"], size)
     for name, cls in combination.classes.items():
         if values["model"] not in cls.models:
-            raise UserError(f"--method={name} is for {' and '.join(cls.models)}, not for {values['model']}")
+            raise UserError(
+                f"--method={name} is for {' and '.join(cls.models)}, not for {values['model']}"
+            )
     if typed.get("schedule") and combination.owner["schedule"]:
-        raise UserError(f"--schedule={typed['schedule']}: {combination.owner['schedule']} sets the learning rate itself")
+        raise UserError(
+            f"--schedule={typed['schedule']}: {combination.owner['schedule']} sets the learning "
+            "rate itself"
+        )
     defaults = {
         "vocabulary": VOCABULARY[values["model"]][size],
         "row_length": ROW_LENGTH[values["model"]][size],
@@ -202,20 +300,27 @@ def resolve(typed):
         "reference": "this" if size == "tiny" else STUDY_REFERENCE[values["model"]],
         "dtype": "bf16" if on_gpu else "fp32",
     } | recipe
-    values |= {name: value for name, value in defaults.items() if name in values and values[name] is None}
+    values |= {
+        name: value for name, value in defaults.items() if name in values and values[name] is None
+    }
     if values["micro_batch"] is None:
-        values["micro_batch"] = min(values["batch"], MICRO_BATCH[values["model"]]["cuda" if on_gpu else "cpu"])
+        values["micro_batch"] = min(
+            values["batch"], MICRO_BATCH[values["model"]]["cuda" if on_gpu else "cpu"]
+        )
     if values["data"] is None:
         prepared = corpus_folder("c4", values["model"], values["vocabulary"]) / "meta.json"
         values["data"] = "c4" if prepared.exists() else "pydocs"
-    values["options"] = {name: recipe.get(name, option.default) for name, option in combination.options.items()} | (values["options"] or {})
+    values["options"] = {
+        name: recipe.get(name, option.default) for name, option in combination.options.items()
+    } | (values["options"] or {})
     config = Config(**values)
     check(config)
     return config
 
 
 def check(config):
-    """Refuses values that no run can have, and a device that is not here: of a new run and of a resumed one."""
+    """Refuses values that no run can have, and a device that is not here: of a new run and of a
+    resumed one."""
     for names, holds, expected in (
         (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (ABOVE_ZERO, lambda value: value > 0, "above 0"),
@@ -230,18 +335,27 @@ def check(config):
     check_device(config.device)
     for name, option in methods.find(config.method).options.items():
         value = config.options[name]
-        if isinstance(value, (int, float)) and not (option.minimum <= value <= option.maximum and math.isfinite(value)):
-            raise UserError(f"--{name}={value}: expected a number from {option.minimum:g}" + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else ""))
+        if isinstance(value, (int, float)) and not (
+            option.minimum <= value <= option.maximum and math.isfinite(value)
+        ):
+            raise UserError(
+                f"--{name}={value}: expected a number from {option.minimum:g}"
+                + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else "")
+            )
     rst.find_reference(config.reference)
 
 
 @contextlib.contextmanager
 def explains_out_of_memory(message):
-    """Makes a UserError with the message of what says that memory is not enough: an exception of Python's, or one of torch's several."""
+    """Makes a UserError with the message of what says that memory is not enough: an exception of
+    Python's, or one of torch's several."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in ("not enough memory", "allocate memory", "out of memory")):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            words in str(error)
+            for words in ("not enough memory", "allocate memory", "out of memory")
+        ):
             raise UserError(f"out of memory {message}") from None
         raise
 
@@ -252,20 +366,31 @@ def check_device(device):
         raise UserError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
-        raise UserError(f"--device={device}: torch sees {gpus} GPU(s) here; say --device=cpu" + (" or a smaller number" if gpus else ""))
+        raise UserError(
+            f"--device={device}: torch sees {gpus} GPU(s) here; say --device=cpu"
+            + (" or a smaller number" if gpus else "")
+        )
 
 
 def identity(config):
     """The settings that decide a run's result: two runs that agree in them are the same run."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in MAY_CHANGE_ON_RESUME
+    }
 
 
-# -- Run folders -------------------------------------------------------------------------------------------
+# -- Run folders -----------------------------------------------------------------------------------
 
 
 def plan_name(config):
     """The default name of a run's folder: its plan, without what may change on resume."""
-    budget = f"{config.budget_steps}steps" if config.budget_steps else f"{config.budget_hours:g}h-{Path(config.reference).stem}"
+    budget = (
+        f"{config.budget_steps}steps"
+        if config.budget_steps
+        else f"{config.budget_hours:g}h-{Path(config.reference).stem}"
+    )
     parts = [config.model, config.size, config.method, Path(config.data).name, budget]
     if config.train_on != "training":
         parts.append(config.train_on)
@@ -279,12 +404,18 @@ def new_folder(config):
         if (folder / "result.json").exists():
             raise UserError(f"--out={folder} holds a finished run; choose another folder")
         if (folder / "config.json").exists():
-            raise UserError(f"--out={folder} holds an interrupted run; go on with: python train.py --resume={folder}")
+            raise UserError(
+                f"--out={folder} holds an interrupted run; go on with: python train.py "
+                f"--resume={folder}"
+            )
         return folder
     number, candidate = 1, folder
     while (candidate / "config.json").exists():
         if not (candidate / "result.json").exists() and is_main():
-            print(f"note: an unfinished run of this plan is in {relative_path(candidate)} (--resume={relative_path(candidate)} goes on with it)")
+            print(
+                f"note: an unfinished run of this plan is in {relative_path(candidate)} "
+                f"(--resume={relative_path(candidate)} goes on with it)"
+            )
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
@@ -296,15 +427,23 @@ def config_of(folder, typed=None):
     try:
         config = Config(**stored)
     except TypeError as error:
-        raise UserError(f"{folder}/config.json is not a configuration of this version: {error}") from None
+        raise UserError(
+            f"{folder}/config.json is not a configuration of this version: {error}"
+        ) from None
     started_with = dataclasses.asdict(config) | config.options
     for name, value in ((typed or {}) | (typed or {}).get("options", {})).items():
         if name not in {"options", *MAY_CHANGE_ON_RESUME} and started_with.get(name) != value:
-            raise UserError(f"--{name}={value}: this run was started with {started_with.get(name)}, which decides its result; start a new run")
-    return dataclasses.replace(config, **{name: value for name, value in (typed or {}).items() if name in MAY_CHANGE_ON_RESUME})
+            raise UserError(
+                f"--{name}={value}: this run was started with {started_with.get(name)}, which "
+                "decides its result; start a new run"
+            )
+    return dataclasses.replace(
+        config,
+        **{name: value for name, value in (typed or {}).items() if name in MAY_CHANGE_ON_RESUME},
+    )
 
 
-# -- Processes -----------------------------------------------------------------------------------------------
+# -- Processes -------------------------------------------------------------------------------------
 
 
 def say(*text):
@@ -315,7 +454,8 @@ def say(*text):
 
 @contextlib.contextmanager
 def locked_log(folder, resume):
-    """The log of a run, opened to append, and closed to other processes until it is done; None on all but the main process."""
+    """The log of a run, opened to append, and closed to other processes until it is done; None on
+    all but the main process."""
     if not is_main():
         yield None
         return
@@ -324,23 +464,30 @@ def locked_log(folder, resume):
         if (folder / "result.json").exists():
             raise UserError(f"{relative_path(folder)}: this run is finished")
         if not resume and (folder / "config.json").exists():
-            raise UserError(f"{relative_path(folder)}: another run was started here meanwhile; run the same command again")
+            raise UserError(
+                f"{relative_path(folder)}: another run was started here meanwhile; run the same "
+                "command again"
+            )
         try:
             yield log
         finally:
-            if is_new and not (folder / "config.json").exists():  # the plan was refused: nothing of it stays
+            # The plan was refused: nothing of it stays.
+            if is_new and not (folder / "config.json").exists():
                 with contextlib.suppress(OSError):
                     (folder / "log.jsonl").unlink()
                     folder.rmdir()
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once, if it
-    comes seconds later: torchrun repeats the first one."""
+    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once,
+    if it comes seconds later: torchrun repeats the first one."""
 
     def __init__(self):
         self.number, self.time = 0, 0.0
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {
+            number: signal.signal(number, self.receive)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def receive(self, number, frame):
         if not self.number:
@@ -353,11 +500,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-# -- Training ------------------------------------------------------------------------------------------------
+# -- Training --------------------------------------------------------------------------------------
 
 
 def validate(model, corpus, rows_per_batch):
-    """Mean loss over the predicted tokens of the fixed validation rows, with the layers that there are."""
+    """Mean loss over the predicted tokens of the fixed validation rows, with the layers that there
+    are."""
     total = torch.zeros((), dtype=torch.float64, device=corpus.device)
     with torch.no_grad():
         for batch in corpus.validation_batches(rows_per_batch, process(), processes()):
@@ -381,10 +529,11 @@ def swapped_weights(weights):
 
 
 def warm_up(method, model, corpus, config, clock):
-    """Trains on throw-away batches, so that compilation and first-time work are done before the clock starts: on
-    the shapes that `inputs` makes at any time of the budget, and at both its ends (a method may compute something
-    else there), with the layers that there are now. Optimizers compile when they are made. Returns the seconds of an
-    update's forward and backward, by the last pass over each number of rows."""
+    """Trains on throw-away batches, so that compilation and first-time work are done before the
+    clock starts: on the shapes that `inputs` makes at any time of the budget, and at both its ends
+    (a method may compute something else there), with the layers that there are now. Optimizers
+    compile when they are made. Returns the seconds of an update's forward and backward, by the last
+    pass over each number of rows."""
     groups = method.groups(np.arange(config.batch))
     sizes = [len(rows) for rows, _ in micro_batches(groups, config.micro_batch)]
     times = np.linspace(clock.progress, 1, 101 if method.owner["inputs"] else 2).tolist()
@@ -412,33 +561,62 @@ def warm_up(method, model, corpus, config, clock):
 def open_corpus(config):
     """The corpus of a configuration; pydocs is prepared when it is not there yet."""
     named = Path(config.data)
-    folder = named if (named / "meta.json").exists() else corpus_folder(config.data, config.model, config.vocabulary)
+    folder = (
+        named
+        if (named / "meta.json").exists()
+        else corpus_folder(config.data, config.model, config.vocabulary)
+    )
     if not (folder / "meta.json").exists():
         arguments = [config.data, f"--model={config.model}", f"--vocabulary={config.vocabulary}"]
         if config.data != "pydocs":
             arguments += [] if config.data == "c4" else ["--files=PATH"]
-            raise UserError(f"--data={config.data}: not prepared; run: python data/prepare.py {' '.join(arguments)}")
+            raise UserError(
+                f"--data={config.data}: not prepared; run: python data/prepare.py "
+                f"{' '.join(arguments)}"
+            )
         if is_main():
-            say("preparing pydocs, the documentation strings of what is installed (once, about a minute)")
-            if (status := subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *arguments]).returncode) != 0:
+            say(
+                "preparing pydocs, the documentation strings of what is installed (once, about a "
+                "minute)"
+            )
+            if (
+                status := subprocess.run(
+                    [sys.executable, str(ROOT / "data" / "prepare.py"), *arguments]
+                ).returncode
+            ) != 0:
                 raise UserError(f"preparing pydocs failed (exit status {status})")
     wait_for_all()
     return Corpus(
-        folder, config.seed, config.device, config.row_length, config.holdout, config.train_on, config.validation_rows
-    )  # fmt: skip
+        folder,
+        config.seed,
+        config.device,
+        config.row_length,
+        config.holdout,
+        config.train_on,
+        config.validation_rows,
+    )
 
 
 def print_plan(config, folder):
-    budget = f"{config.budget_steps} updates" if config.budget_steps else f"{config.budget_hours:g} hours of reference {config.reference}"
+    budget = (
+        f"{config.budget_steps} updates"
+        if config.budget_steps
+        else f"{config.budget_hours:g} hours of reference {config.reference}"
+    )
     say(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
     schedule = methods.find(config.method).owner["schedule"] or config.schedule
-    say(f"  recipe   batch {config.batch}, lr {config.lr:g}, {schedule}, betas ({config.beta1:g}, {config.beta2:g}), "
+    say(
+        f"  recipe   batch {config.batch}, lr {config.lr:g}, {schedule}, betas ({config.beta1:g}, "
+        f"{config.beta2:g}), "
         f"{'RMS scaling, ' if config.rms_scaling else ''}"
-        f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}")  # fmt: skip
+        f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}"
+    )
     if config.options:
         say("  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items()))
-    say(f"  device   {rst.device_name(config.device)}, {processes()} process(es), {config.dtype}, micro-batch {config.micro_batch}"
-        + (", compiled" if config.compile else ""))  # fmt: skip
+    say(
+        f"  device   {rst.device_name(config.device)}, {processes()} process(es), {config.dtype}, "
+        f"micro-batch {config.micro_batch}" + (", compiled" if config.compile else "")
+    )
     say(f"  folder   {relative_path(folder)}")
 
 
@@ -453,8 +631,16 @@ def train(config, folder, resume=False):
         finished = finish(name, prerequisite)
         finished_models[name] = configure(models.load(finished / "model.pt", config.device), config)
         costs = read_record(finished / "result.json")
-        finished_runs[name] = {"folder": relative_path(finished)} | {key: costs[key] for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")}
-    with locked_log(folder, resume) as log, explains_out_of_memory(f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"):
+        finished_runs[name] = {"folder": relative_path(finished)} | {
+            key: costs[key]
+            for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")
+        }
+    with (
+        locked_log(folder, resume) as log,
+        explains_out_of_memory(
+            f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"
+        ),
+    ):
         return run(config, folder, resume, log, combination, finished_models, finished_runs)
 
 
@@ -474,7 +660,8 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     torch.manual_seed(config.seed)
     model = models.build(config.model, config.size, config.vocabulary).to(config.device)
     configure(model, config)
-    # From here on one object stands for all methods of the run: each hook is that of the one that overrides it.
+    # From here on one object stands for all methods of the run: each hook is that of the one that
+    # overrides it.
     method = combination.start(model, corpus, clock, config, finished_models)
     optimizer = method.optimizer_in_use
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
@@ -483,7 +670,11 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     if resume:
         load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
         if budget_seconds:
-            refuse_long(config, (budget_seconds - clock.spent_seconds) / clock.factor, f"factor {clock.factor:.4g}")
+            refuse_long(
+                config,
+                (budget_seconds - clock.spent_seconds) / clock.factor,
+                f"factor {clock.factor:.4g}",
+            )
     model.present_layers = method.layers()
     entropy = corpus.unigram_entropy()
     say(
@@ -492,12 +683,16 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     )
     update_seconds = warm_up(method, model, corpus, config, clock)
     if config.budget_steps:
-        refuse_long(config, (config.budget_steps - clock.updates) * update_seconds, "from a warm-up step")
+        refuse_long(
+            config, (config.budget_steps - clock.updates) * update_seconds, "from a warm-up step"
+        )
 
     if is_main():
         log.truncate(state.log_bytes)
-        shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)  # fine-tuning needs it with model.pt
-        if not clock.updates:  # nothing was kept of an earlier process: this one's flags are the run's
+        # Fine-tuning needs it with model.pt.
+        shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)
+        # Nothing was kept of an earlier process: this one's flags are the run's.
+        if not clock.updates:
             write_json(folder / "config.json", dataclasses.asdict(config))
     bar = tqdm(
         total=1.0,
@@ -529,7 +724,8 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
             write_tensors(folder / "checkpoint.pt", stored)
         wait_for_all()  # or the others would be charged their waiting, in the next update
 
-    stop, stop_signal, checkpoint_due = StopSignal(), 0, time.perf_counter() + 60 * config.checkpoint_minutes
+    stop, stop_signal = StopSignal(), 0
+    checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
     wait_for_all()  # whoever was ready first is not charged for the others
     try:
         # ---------------------------------- the training loop ----------------------------------
@@ -544,22 +740,26 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                     group["lr"] = group["peak_lr"] * rate_share
                 positions = method.next_batch()
 
-                # The gradient of the mean over all predicted tokens: every row has as many of them, so a
-                # micro-batch weighs its share of the rows, and how rows are split changes nothing. A process
-                # has its part of the rows; the sums are in place, so they reach the parameters.
+                # The gradient of the mean over all predicted tokens: every row has as many of them,
+                # so a micro-batch weighs its share of the rows, and how rows are split changes
+                # nothing. A process has its part of the rows; the sums are in place, so they reach
+                # the parameters.
                 loss = torch.zeros((), device=config.device)
                 for rows, layers in micro_batches(method.groups(positions), config.micro_batch):
                     part = method.loss(method.inputs(rows), layers) * (len(rows) / len(positions))
                     scaler.scale(part).backward()
                     loss += part.detach()
-                gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+                gradients = [
+                    parameter.grad for parameter in model.parameters() if parameter.grad is not None
+                ]
                 sum_over_processes([loss, *gradients])
                 scaler.unscale_(optimizer)
 
                 # The only wait for the device: what is not finite must not reach the weights.
                 gradient_norm = torch.nn.utils.get_total_norm(gradients)
                 loss, norm = torch.stack([loss, gradient_norm]).tolist()
-                skipped = scaler.is_enabled() and not math.isfinite(norm)  # overflow in fp16: the scale is lowered
+                # Overflow in fp16: the scale is lowered.
+                skipped = scaler.is_enabled() and not math.isfinite(norm)
                 refuse_not_finite(loss, 0.0 if skipped else norm, clock, config, folder)
 
                 method.before_step(gradient_norm)
@@ -574,22 +774,36 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
             state.rows += len(positions)
             state.skipped += skipped
             write_log(
-                update=clock.updates, loss=loss, lr=config.lr * rate_share, progress=progress,
-                gradient_norm=None if skipped else norm, rows=len(positions), skipped=skipped,
-                charged_seconds=clock.charged_seconds, free_seconds=clock.update_free_seconds,
-                spent_seconds=clock.spent_seconds, factor=clock.factor,
-                compilations=compilations() - graphs, **report,
-            )  # fmt: skip
+                update=clock.updates,
+                loss=loss,
+                lr=config.lr * rate_share,
+                progress=progress,
+                gradient_norm=None if skipped else norm,
+                rows=len(positions),
+                skipped=skipped,
+                charged_seconds=clock.charged_seconds,
+                free_seconds=clock.update_free_seconds,
+                spent_seconds=clock.spent_seconds,
+                factor=clock.factor,
+                compilations=compilations() - graphs,
+                **report,
+            )
             bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
             bar.update(clock.progress - bar.n)
             if int(clock.progress * config.validations) > int(progress * config.validations):
                 with swapped_weights(method.evaluation_weights()):
                     state.validation_loss = validate(model, corpus, config.micro_batch)
                 write_log(
-                    update=clock.updates, validation_loss=state.validation_loss, progress=clock.progress,
-                    lr=config.lr * method.schedule(clock.progress), spent_seconds=clock.spent_seconds,
-                )  # fmt: skip
-                say(f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {state.validation_loss:.4f}")
+                    update=clock.updates,
+                    validation_loss=state.validation_loss,
+                    progress=clock.progress,
+                    lr=config.lr * method.schedule(clock.progress),
+                    spent_seconds=clock.spent_seconds,
+                )
+                say(
+                    f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss "
+                    f"{state.validation_loss:.4f}"
+                )
             save_now = time.perf_counter() >= checkpoint_due
             stop_signal, save_now = max_over_processes([stop.number, save_now], config.device)
             if stop_signal or save_now:
@@ -597,7 +811,10 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
             if stop_signal and clock.progress < 1:
                 bar.close()
-                say(f"stopped after update {clock.updates}; go on with: python train.py --resume={relative_path(folder)}")
+                say(
+                    f"stopped after update {clock.updates}; go on with: python train.py "
+                    f"--resume={relative_path(folder)}"
+                )
                 raise SystemExit(128 + int(stop_signal))
             clock.probe_when_due()
         # ---------------------------------------------------------------------------------------
@@ -610,7 +827,11 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
         "command": shlex.join(sys.argv),
         "commit": git_commit(),
         "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "device": rst.device_name(config.device),
         "threads": torch.get_num_threads(),
         "processes": processes(),
@@ -639,12 +860,14 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
         write_json(folder / "result.json", result)
     wait_for_all()  # whoever needs the finished run next finds it whole
     say(
-        f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, {state.rows:,} rows; "
+        f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, "
+        f"{state.rows:,} rows; "
         f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})"
     )
     stalls = f" ({clock.stalls} stalls: {clock.stall_seconds:.3g} s)" if clock.stalls else ""
     say(
-        f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free {clock.free_seconds:.4g} s, "
+        f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free "
+        f"{clock.free_seconds:.4g} s, "
         f"wall {state.wall_seconds:.0f} s; in {relative_path(folder)}"
     )
     if result["layers"] < len(model.layers):
@@ -660,16 +883,23 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
 def refuse_other_tokens(config, corpus):
     """Raises UserError for a corpus of the other model or of another vocabulary."""
     if corpus.meta["model"] != config.model:
-        raise UserError(f"--data={config.data} has the tokens of --model={corpus.meta['model']}, not of {config.model}")
+        raise UserError(
+            f"--data={config.data} has the tokens of --model={corpus.meta['model']}, not of "
+            f"{config.model}"
+        )
     if corpus.vocabulary_size != config.vocabulary:
-        raise UserError(f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not {config.vocabulary}")
+        raise UserError(
+            f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not "
+            f"{config.vocabulary}"
+        )
 
 
 def refuse_not_finite(loss, gradient_norm, clock, config, folder):
     """Raises UserError for a loss or a gradient that is not finite, before it does harm."""
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
         raise UserError(
-            f"the loss is {loss} and its gradient's norm {gradient_norm} in update {clock.updates + 1}; lower --lr "
+            f"the loss is {loss} and its gradient's norm {gradient_norm} in update "
+            f"{clock.updates + 1}; lower --lr "
             f"(it is {config.lr:g}) or --clip. What was saved before is in {relative_path(folder)}"
         )
 
@@ -683,8 +913,8 @@ def configure(model, config):
 
 
 def compilations():
-    """Graphs that torch.compile has made so far in this process. Those of the warm-up are not charged;
-    one that a later update needs is part of its time, and of its line in the log."""
+    """Graphs that torch.compile has made so far in this process. Those of the warm-up are not
+    charged; one that a later update needs is part of its time, and of its line in the log."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -697,10 +927,19 @@ def spent_text(clock):
 def refuse_long(config, seconds, how):
     """Says how long the run will take here; over a week it wants --yes."""
     hours = seconds / 3600
-    length = f"{seconds / 60:.1f} minutes" if hours < 2 else f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+    length = (
+        f"{seconds / 60:.1f} minutes"
+        if hours < 2
+        else f"{hours:.1f} hours"
+        if hours < 48
+        else f"{hours / 24:.1f} days"
+    )
     say(f"  time     about {length} here ({how}), plus what is not charged")
     if hours > WEEK_HOURS and not config.yes:
-        raise UserError(f"this plan takes about {hours / 24:.0f} days on this machine; add --yes to start it, or lower the budget or the size")
+        raise UserError(
+            f"this plan takes about {hours / 24:.0f} days on this machine; add --yes to start it, "
+            "or lower the budget or the size"
+        )
 
 
 def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state):
@@ -714,9 +953,15 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:
         name = different[0]
-        raise UserError(f"{path} is of another configuration: its {name} is {theirs.get(name)}, that of config.json {ours[name]}")
+        raise UserError(
+            f"{path} is of another configuration: its {name} is {theirs.get(name)}, that of "
+            f"config.json {ours[name]}"
+        )
     if stored["corpus"] != corpus.meta["checksum"]:
-        raise UserError(f"{path} was trained on another preparation of {config.data}: {corpus.folder} has changed")
+        raise UserError(
+            f"{path} was trained on another preparation of {config.data}: {corpus.folder} has "
+            "changed"
+        )
     model.load_state_dict(stored["model"])
     optimizer.load_state_dict(stored["optimizer"])
     if stored["scaler"]:  # empty unless the run was in fp16; a resumed one may change to it
@@ -727,7 +972,9 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
     vars(state).update(stored["state"])
     log = folder / "log.jsonl"
     if is_main() and (not log.exists() or log.stat().st_size < state.log_bytes):
-        raise UserError(f"{log} is shorter than at the checkpoint's update {clock.updates}; it was changed")
+        raise UserError(
+            f"{log} is shorter than at the checkpoint's update {clock.updates}; it was changed"
+        )
     say(f"  resumed after update {clock.updates}")
 
 
@@ -736,17 +983,23 @@ def holds_run(folder, config):
     if identity(config_of(folder)) != identity(config):
         return False
     result = folder / "result.json"
-    return not result.exists() or read_record(result).get("corpus") == open_corpus(config).meta["checksum"]
+    return (
+        not result.exists()
+        or read_record(result).get("corpus") == open_corpus(config).meta["checksum"]
+    )
 
 
 def find_run(config):
     """The folder of this configuration's run, "finished", "interrupted" or "new"."""
     plan, number = ROOT / "runs" / plan_name(config), 1
     folder = plan
-    while (folder / "config.json").exists() and not holds_run(folder, config):  # same name, another plan
+    # Same name, another plan.
+    while (folder / "config.json").exists() and not holds_run(folder, config):
         number += 1
         folder = plan.with_name(f"{plan.name}-{number}")
-    return folder, "finished" if (folder / "result.json").exists() else "interrupted" if (folder / "config.json").exists() else "new"
+    return folder, "finished" if (folder / "result.json").exists() else "interrupted" if (
+        folder / "config.json"
+    ).exists() else "new"
 
 
 def finish(name, config):
@@ -755,7 +1008,10 @@ def finish(name, config):
     if state == "finished":
         say(f"{name}: reusing {relative_path(folder)}")
         return folder
-    say(f"{name}: {'resuming' if state == 'interrupted' else 'training'} {relative_path(folder)} first; it is not charged to the run that needs it")
+    say(
+        f"{name}: {'resuming' if state == 'interrupted' else 'training'} {relative_path(folder)} "
+        "first; it is not charged to the run that needs it"
+    )
     try:
         train(config, folder, resume=state == "interrupted")
     except SystemExit:

@@ -1,13 +1,13 @@
 """Tokens on disk to batches.
 
-A training run is a stream of rows. Position n of the stream is row `permutation(seed, epoch)(n)` of the
-training part, and its corruption is an integer hash of (seed, n, column), computed on the training
-device. So `corpus.batch(positions)` is a pure function: the same masks on any device, for any
-micro-batch size and number of processes, and a checkpoint needs of the corpus no more than n.
+A training run is a stream of rows. Position n of the stream is row `permutation(seed, epoch)(n)` of
+the training part, and its corruption is an integer hash of (seed, n, column), computed on the
+training device. So `corpus.batch(positions)` is a pure function: the same masks on any device, for
+any micro-batch size and number of processes, and a checkpoint needs of the corpus no more than n.
 
-Three disjoint parts: validation (documents that `prepare.py` set aside; its corruption never changes),
-holdout (a share of the other rows, by a hash that no seed touches, kept from every method alike), and
-training (the rest).
+Three disjoint parts: validation (documents that `prepare.py` set aside; its corruption never
+changes), holdout (a share of the other rows, by a hash that no seed touches, kept from every method
+alike), and training (the rest).
 """
 
 import math
@@ -22,13 +22,24 @@ import torch.nn.functional as F
 from errors import UserError
 from runs import read_record
 
-from .prepare import CHECKSUM_BYTES, SENTINELS, SEPARATOR, SPECIAL_TOKENS, load_tokenizer, meta_checksum
+from .prepare import (
+    CHECKSUM_BYTES,
+    SENTINELS,
+    SEPARATOR,
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    meta_checksum,
+)
 
 MASK = SPECIAL_TOKENS.index("[MASK]")
 MASK_SHARE = 0.15  # of a row's tokens are predicted, in both models (the study): BERT's 19 of 128
 MEAN_SPAN = 3.0  # tokens, of T5's span corruption
 
-TRAINING_STREAM, SECOND_STREAM = 0, 1  # of the same rows, each in an order of its own; the second for passes that train nothing
+# Of the same rows, each in an order of its own; the second for passes that train nothing.
+TRAINING_STREAM, SECOND_STREAM = (
+    0,
+    1,
+)
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
 META = {
     "checksum": str,
@@ -44,14 +55,15 @@ META = {
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
 
 
-# -- Integer hashing: the same bits from NumPy and from torch, on any device ----------------------------
+# -- Integer hashing: the same bits from NumPy and from torch, on any device -----------------------
 
 LOW_32 = 0xFFFFFFFF
 
 
 def hash32(x):
     """Scrambles integers in [0, 2^32), held in 64 bits: Wellons' "lowbias32" mixing function
-    (https://nullprogram.com/blog/2018/07/31). `x` is a Python int, a NumPy or a torch int64 array."""
+    (https://nullprogram.com/blog/2018/07/31). `x` is a Python int, a NumPy or a torch int64
+    array."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & LOW_32
     x = x ^ (x >> 15)
@@ -69,10 +81,11 @@ def hash_of(*numbers):
 
 
 def permute(numbers, size, key):
-    """A keyed permutation of range(size), applied to an int64 array: random access in constant memory.
+    """A keyed permutation of range(size), applied to an int64 array: random access in constant
+    memory.
 
-    A Feistel network of four rounds over the smallest even number of bits that holds `size`; results
-    outside the range are permuted again until they fall inside (cycle walking).
+    A Feistel network of four rounds over the smallest even number of bits that holds `size`;
+    results outside the range are permuted again until they fall inside (cycle walking).
     """
     half = max(1, math.ceil(math.log2(max(2, size)) / 2))
     low = (1 << half) - 1
@@ -89,21 +102,22 @@ def permute(numbers, size, key):
     return numbers
 
 
-# -- What a row becomes: deterministic in the row's stream position, static in shape ----------------------
+# -- What a row becomes: deterministic in the row's stream position, static in shape ---------------
 
 
 def smallest(draws, count):
-    """Columns of the `count` smallest draws of every row, in order: (B, N) int64 below 2^33 -> (B, count).
-    The column breaks ties, so that the choice is the same on every device."""
+    """Columns of the `count` smallest draws of every row, in order: (B, N) int64 below 2^33 -> (B,
+    count). The column breaks ties, so that the choice is the same on every device."""
     order = draws * draws.shape[1] + torch.arange(draws.shape[1], device=draws.device)
     return order.topk(count, dim=1, largest=False).indices.sort(dim=1).values
 
 
 class Masking:
-    """BERT's masking with a fixed count: of every row the same number of tokens that are not separators
-    is predicted; of these 80% become [MASK], 10% a random token, 10% stay.
+    """BERT's masking with a fixed count: of every row the same number of tokens that are not
+    separators is predicted; of these 80% become [MASK], 10% a random token, 10% stay.
 
-    Which ones is a matter of each column's hash: of a larger `mask_share` the smaller one's are a part.
+    Which ones is a matter of each column's hash: of a larger `mask_share` the smaller one's are a
+    part.
     """
 
     def __init__(self, row_length, meta, mask_share=MASK_SHARE):
@@ -115,32 +129,42 @@ class Masking:
         return Masking(self.raw_length, meta, mask_share)
 
     def __call__(self, tokens, positions, key):
-        """tokens (B, T) and positions (B,) int64 -> dict of `tokens` (B, T), `positions` (B, P) and `labels`
-        (B, P), with P = `predicted_per_row`."""
+        """tokens (B, T) and positions (B,) int64 -> dict of `tokens` (B, T), `positions` (B, P) and
+        `labels` (B, P), with P = `predicted_per_row`."""
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         draws = hash_of(key, positions[:, None], columns)  # (B, T)
-        # Separators come last. A document has at least one token before its separator, so half of every
-        # row can be chosen.
+        # Separators come last. A document has at least one token before its separator, so half of
+        # every row can be chosen.
         chosen = smallest(draws + (tokens == SEPARATOR) * (1 << 32), self.predicted_per_row)
         labels = tokens.gather(1, chosen)
         fate = hash_of(key, 1, positions[:, None], chosen)
         random_token = (hash_of(key, 2, positions[:, None], chosen) * self.vocabulary_size) >> 32
-        replacement = torch.where(fate < int(0.8 * 2**32), MASK, torch.where(fate < int(0.9 * 2**32), random_token, labels))
-        return {"tokens": tokens.scatter(1, chosen, replacement), "positions": chosen, "labels": labels}
+        replacement = torch.where(
+            fate < int(0.8 * 2**32),
+            MASK,
+            torch.where(fate < int(0.9 * 2**32), random_token, labels),
+        )
+        return {
+            "tokens": tokens.scatter(1, chosen, replacement),
+            "positions": chosen,
+            "labels": labels,
+        }
 
     def label_counts(self, token_counts, rows):
-        """How often each token is a label, up to a factor, from how often it occurs in so many rows."""
+        """How often each token is a label, up to a factor, from how often it occurs in so many
+        rows."""
         return np.where(np.arange(len(token_counts)) == SEPARATOR, 0, token_counts)
 
 
 class SpanCorruption:
-    """T5's span corruption (Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans of three on
-    average, are replaced by sentinels in what is read, and are what is predicted.
+    """T5's span corruption (Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans of
+    three on average, are replaced by sentinels in what is read, and are what is predicted.
 
-        read:    clean_0 S_0 clean_1 S_1 ... </s>          predicted:    S_0 noise_0 S_1 noise_1 ... </s>
+        read:    clean_0 S_0 clean_1 S_1 ... </s>          predicted:    S_0 noise_0 S_1 noise_1 ...
+            </s>
 
-    The numbers of noise tokens and of spans are fixed, so a row reads `row_length` tokens (or just below,
-    where no raw length gives it exactly) and predicts `predicted_per_row`, without padding.
+    The numbers of noise tokens and of spans are fixed, so a row reads `row_length` tokens (or just
+    below, where no raw length gives it exactly) and predicts `predicted_per_row`, without padding.
     """
 
     def __init__(self, row_length, meta, mask_share=MASK_SHARE, raw_length=None):
@@ -156,43 +180,55 @@ class SpanCorruption:
         self.predicted_per_row = self.noise + self.spans + 1
         self.first_sentinel, self.end = meta["first_sentinel"], meta["separator"]
         if self.spans > SENTINELS:
-            raise UserError(f"--row_length={row_length} needs {self.spans} sentinels; there are {SENTINELS}")
+            raise UserError(
+                f"--row_length={row_length} needs {self.spans} sentinels; there are {SENTINELS}"
+            )
 
     def with_mask_share(self, mask_share, meta):
-        """The same raw tokens, another share of them predicted: a larger one makes shorter rows to read."""
+        """The same raw tokens, another share of them predicted: a larger one makes shorter rows to
+        read."""
         return SpanCorruption(self.row_length, meta, mask_share, self.raw_length)
 
     def segment(self, items, key, positions):
-        """A uniformly random way to cut `items` into `spans` segments of at least one: (B, spans) ends of
-        the segments."""
+        """A uniformly random way to cut `items` into `spans` segments of at least one: (B, spans)
+        ends of the segments."""
         gaps = torch.arange(items - 1, device=positions.device)
         ends = smallest(hash_of(key, positions[:, None], gaps), self.spans - 1) + 1
         return F.pad(ends, (0, 1), value=items)
 
     def interleave(self, tokens, sentinel_columns, skipped, length):
-        """`length` columns: sentinels at `sentinel_columns` (B, spans), and between them the raw tokens in
-        order, leaving out `skipped[:, n]` of them in all by the time that n sentinels have passed."""
+        """`length` columns: sentinels at `sentinel_columns` (B, spans), and between them the raw
+        tokens in order, leaving out `skipped[:, n]` of them in all by the time that n sentinels
+        have passed."""
         columns = torch.arange(length, device=tokens.device)
-        is_sentinel = torch.zeros(len(tokens), length, dtype=torch.long, device=tokens.device).scatter_(1, sentinel_columns, 1)
+        is_sentinel = torch.zeros(
+            len(tokens), length, dtype=torch.long, device=tokens.device
+        ).scatter_(1, sentinel_columns, 1)
         passed = is_sentinel.cumsum(dim=1)
-        raw = (columns - passed + skipped.gather(1, passed)).clamp(max=self.raw_length - 1)  # the clamp: at sentinels only
-        row = torch.where(is_sentinel.bool(), self.first_sentinel + 1 - passed, tokens.gather(1, raw))
+        # The clamp: at sentinels only.
+        raw = (columns - passed + skipped.gather(1, passed)).clamp(max=self.raw_length - 1)
+        row = torch.where(
+            is_sentinel.bool(), self.first_sentinel + 1 - passed, tokens.gather(1, raw)
+        )
         return F.pad(row, (0, 1), value=self.end)
 
     def __call__(self, tokens, positions, key):
-        """tokens (B, raw_length) and positions (B,) int64 -> dict of `tokens` (B, read_length) and `labels`
-        (B, predicted_per_row)."""
-        noise = self.segment(self.noise, hash_of(key, 1), positions)  # ends, counted in noise tokens alone
+        """tokens (B, raw_length) and positions (B,) int64 -> dict of `tokens` (B, read_length) and
+        `labels` (B, predicted_per_row)."""
+        # Ends, counted in noise tokens alone.
+        noise = self.segment(self.noise, hash_of(key, 1), positions)
         clean = self.segment(self.raw_length - self.noise, hash_of(key, 2), positions)
         number = torch.arange(self.spans, device=tokens.device)
         from_zero = F.pad(noise, (1, 0))
         read = self.interleave(tokens, clean + number, from_zero, self.read_length - 1)
-        labels = self.interleave(tokens, from_zero[:, :-1] + number, F.pad(clean, (1, 0)), self.predicted_per_row - 1)
+        labels = self.interleave(
+            tokens, from_zero[:, :-1] + number, F.pad(clean, (1, 0)), self.predicted_per_row - 1
+        )
         return {"tokens": read, "labels": labels}
 
     def label_counts(self, token_counts, rows):
-        """As Masking's: the noise tokens' share, and in every row each sentinel and the end once. Nearly so: a
-        row's first token is never noise, its last one always."""
+        """As Masking's: the noise tokens' share, and in every row each sentinel and the end once.
+        Nearly so: a row's first token is never noise, its last one always."""
         counts = token_counts * (self.noise / self.raw_length)
         counts[self.first_sentinel - self.spans + 1 : self.first_sentinel + 1] += rows
         counts[self.end] += rows
@@ -202,15 +238,16 @@ class SpanCorruption:
 OBJECTIVES = {"bert": Masking, "t5": SpanCorruption}
 
 
-# -- The corpus --------------------------------------------------------------------------------------------
+# -- The corpus ------------------------------------------------------------------------------------
 
 
 class Corpus:
-    """A prepared folder as rows; a row of BERT reads `row_length` tokens of the stream, one of T5 is made of
-    `raw_length` (more) so that it reads `row_length`.
+    """A prepared folder as rows; a row of BERT reads `row_length` tokens of the stream, one of T5
+    is made of `raw_length` (more) so that it reads `row_length`.
 
     Args:
-        folder: what `data/prepare.py` wrote. It is verified; a UserError names what cannot be trusted.
+        folder: what `data/prepare.py` wrote. It is verified; a UserError names what cannot be
+            trusted.
         seed: of the row order and the corruption.
         device: where batches are made.
         holdout: share of the rows that is kept from training.
@@ -218,13 +255,32 @@ class Corpus:
         validation_rows: rows of the fixed validation set (at most all that there are).
     """
 
-    def __init__(self, folder, seed=0, device="cpu", row_length=128, holdout=0.2, train_on="training", validation_rows=10_000):
-        self.folder, self.seed, self.device, self.row_length = Path(folder), seed, torch.device(device), row_length
+    def __init__(
+        self,
+        folder,
+        seed=0,
+        device="cpu",
+        row_length=128,
+        holdout=0.2,
+        train_on="training",
+        validation_rows=10_000,
+    ):
+        self.folder, self.seed, self.device, self.row_length = (
+            Path(folder),
+            seed,
+            torch.device(device),
+            row_length,
+        )
         self.meta = load_meta(self.folder)
         self.vocabulary_size = self.meta["vocabulary_size"]
         self.objective = OBJECTIVES[self.meta["model"]](row_length, self.meta)
-        self.raw_length, self.predicted_per_row = self.objective.raw_length, self.objective.predicted_per_row
-        self.train_tokens, self.val_tokens = (load_tokens(self.folder, part, self.meta) for part in ("train", "val"))
+        self.raw_length, self.predicted_per_row = (
+            self.objective.raw_length,
+            self.objective.predicted_per_row,
+        )
+        self.train_tokens, self.val_tokens = (
+            load_tokens(self.folder, part, self.meta) for part in ("train", "val")
+        )
         all_rows = len(self.train_tokens) // self.raw_length
         holdout_rows = int(all_rows * holdout)
         # Holdout and training are two ends of one permutation that no seed changes.
@@ -234,10 +290,12 @@ class Corpus:
         self.validation_rows = min(validation_rows, len(self.val_tokens) // self.raw_length)
         if self.rows < 1 or self.validation_rows < 1:
             raise UserError(
-                f"{folder}: {self.rows} rows of {self.raw_length} tokens to train on and {self.validation_rows} to validate on; "
+                f"{folder}: {self.rows} rows of {self.raw_length} tokens to train on and "
+                f"{self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
-        # BERT's special tokens that stand in rows: [UNK], [CLS], [SEP], [MASK]. ([PAD] does in none.)
+        # BERT's special tokens that stand in rows: [UNK], [CLS], [SEP], [MASK]. ([PAD] does in
+        # none.)
         self.special_ids = list(range(1, len(SPECIAL_TOKENS)))
         self.position = [0, 0]  # of each stream: the first position that was not drawn yet
 
@@ -246,8 +304,8 @@ class Corpus:
         return load_tokenizer(self.folder)
 
     def uniform(self, *numbers):
-        """A pseudo-random number in [0, 1) of this run's seed and these integers or arrays of integers, in
-        float64: the same whenever it is asked for."""
+        """A pseudo-random number in [0, 1) of this run's seed and these integers or arrays of
+        integers, in float64: the same whenever it is asked for."""
         bits = hash_of(self.seed, *numbers)
         return (bits.double() if isinstance(bits, torch.Tensor) else bits) / 2**32
 
@@ -271,12 +329,15 @@ class Corpus:
         return permute(self.first_row + rows, self.all_rows, hash_of(0))
 
     def read_ahead(self, positions, stream):
-        """Tells the system which rows come next, so that a corpus larger than memory is read in time."""
+        """Tells the system which rows come next, so that a corpus larger than memory is read in
+        time."""
         if hasattr(mmap, "MADV_WILLNEED") and isinstance(self.train_tokens, np.memmap):
             bytes_per_row = 2 * self.raw_length
             for row in self.row_indices(positions, stream).tolist():
                 start = row * bytes_per_row // mmap.PAGESIZE * mmap.PAGESIZE
-                self.train_tokens._mmap.madvise(mmap.MADV_WILLNEED, start, (row + 1) * bytes_per_row - start)
+                self.train_tokens._mmap.madvise(
+                    mmap.MADV_WILLNEED, start, (row + 1) * bytes_per_row - start
+                )
 
     def batch(self, positions, stream=TRAINING_STREAM, row_length=None, mask_share=None):
         """The corrupted rows at stream positions (a pure function): a batch for the model.
@@ -301,7 +362,8 @@ class Corpus:
         return objective.with_mask_share(mask_share, self.meta)
 
     def validation_batches(self, rows_per_batch, process=0, processes=1):
-        """The fixed validation rows of this process in batches, corrupted the same way in every run."""
+        """The fixed validation rows of this process in batches, corrupted the same way in every
+        run."""
         indices = np.arange(process, self.validation_rows, processes)
         for first in range(0, len(indices), rows_per_batch):
             here = indices[first : first + rows_per_batch]
@@ -315,10 +377,12 @@ class Corpus:
         return tensor.to(self.device)
 
     def unigram_entropy(self):
-        """Entropy in nats of the labels' frequencies on the validation rows: the loss of a model that knows
-        the frequencies and reads no context."""
+        """Entropy in nats of the labels' frequencies on the validation rows: the loss of a model
+        that knows the frequencies and reads no context."""
         tokens = self.val_tokens[: self.validation_rows * self.raw_length]
-        counts = self.objective.label_counts(np.bincount(tokens, minlength=self.vocabulary_size).astype(float), self.validation_rows)
+        counts = self.objective.label_counts(
+            np.bincount(tokens, minlength=self.vocabulary_size).astype(float), self.validation_rows
+        )
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
@@ -331,35 +395,51 @@ class Corpus:
 
 def gather_rows(tokens, indices, row_length):
     """Rows of a token stream as an int64 array: (len(indices), row_length)."""
-    return tokens[: len(tokens) // row_length * row_length].reshape(-1, row_length)[indices].astype(np.int64)
+    return (
+        tokens[: len(tokens) // row_length * row_length]
+        .reshape(-1, row_length)[indices]
+        .astype(np.int64)
+    )
 
 
 def load_meta(folder):
     """meta.json, verified against its own checksum."""
     path = folder / "meta.json"
     if not path.exists():
-        raise UserError(f"{folder}: no corpus here (no meta.json); make it with python data/prepare.py")
+        raise UserError(
+            f"{folder}: no corpus here (no meta.json); make it with python data/prepare.py"
+        )
     meta = read_record(path, META)
     if meta["checksum"] != meta_checksum(meta):
         raise UserError(f"{path} was changed after it was written; prepare the corpus again")
     tokenizer = folder / meta["tokenizer"]
     if not tokenizer.exists() or zlib.crc32(tokenizer.read_bytes()) != meta["tokenizer_checksum"]:
-        raise UserError(f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus again")
+        raise UserError(
+            f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus "
+            "again"
+        )
     return meta
 
 
 def load_tokens(folder, part, meta):
-    """A .bin file, memory-mapped. Its length is checked, and the checksums of evenly spaced blocks of it:
-    all of a small file, 1 GiB of a large one."""
+    """A .bin file, memory-mapped. Its length is checked, and the checksums of evenly spaced blocks
+    of it: all of a small file, 1 GiB of a large one."""
     path = folder / f"{part}.bin"
     expected = 2 * meta[part]["tokens"]
     size = path.stat().st_size if path.exists() else 0
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes, meta.json says {expected:,}; prepare the corpus again")
+        raise UserError(
+            f"{path} has {size:,} bytes, meta.json says {expected:,}; prepare the corpus again"
+        )
     checksums = meta[part]["checksums"]
     with open(path, "rb") as file:
-        for block in np.unique(np.linspace(0, len(checksums) - 1, min(len(checksums), CHECKED_BLOCKS)).astype(int)):
+        for block in np.unique(
+            np.linspace(0, len(checksums) - 1, min(len(checksums), CHECKED_BLOCKS)).astype(int)
+        ):
             file.seek(int(block) * CHECKSUM_BYTES)
             if zlib.crc32(file.read(CHECKSUM_BYTES)) != checksums[block]:
-                raise UserError(f"{path} is not what was written (its checksum differs); prepare the corpus again")
+                raise UserError(
+                    f"{path} is not what was written (its checksum differs); prepare the corpus "
+                    "again"
+                )
     return np.memmap(path, dtype=np.uint16, mode="r") if size else np.empty(0, np.uint16)

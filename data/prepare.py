@@ -1,18 +1,19 @@
 """Text to tokens on disk.
 
-    python data/prepare.py pydocs                             documentation strings of what is installed
-    python data/prepare.py NAME --files='folder/*.json.gz'    your own files: a file, a folder or a glob
-    python data/prepare.py c4 --shards=8                      the first public C4 shards, downloaded
+    python data/prepare.py pydocs                           what is installed here: its docstrings
+    python data/prepare.py NAME --files='folder/*.json.gz'  your own: a file, a folder or a glob
+    python data/prepare.py c4 --shards=8                    the first shards of C4, downloaded
 
-(with --model=t5 for T5) writes data/NAME/MODEL-VOCABULARY/: `train.bin` and `val.bin` (uint16 tokens,
-every document ended by [SEP] or </s>), the tokenizer and `meta.json` (counts, source, versions, checksums), together or not at all: a
-preparation that fails leaves the corpus that was there.
+(with --model=t5 for T5) writes data/NAME/MODEL-VOCABULARY/: `train.bin` and `val.bin` (uint16
+tokens, every document ended by [SEP] or </s>), the tokenizer and `meta.json` (counts, source,
+versions, checksums), together or not at all: a preparation that fails leaves the corpus that was
+there.
 
-Files: `.txt` (documents separated by blank lines), `.json` and `.jsonl` (a JSON object with a string
-`text` a line), each also with `.gz`.
+Files: `.txt` (documents separated by blank lines), `.json` and `.jsonl` (a JSON object with a
+string `text` a line), each also with `.gz`.
 
-Two passes: one samples documents and trains the tokenizer, one encodes them all on all cores. Memory
-does not grow with the corpus: a bounded number of blocks of lines is in flight.
+Two passes: one samples documents and trains the tokenizer, one encodes them all on all cores.
+Memory does not grow with the corpus: a bounded number of blocks of lines is in flight.
 """
 
 import argparse
@@ -24,10 +25,10 @@ import glob
 import gzip
 import hashlib
 import heapq
-import io
 import http.client
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -59,8 +60,8 @@ from runs import locked  # noqa: E402
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
 SENTINELS = 100  # of T5
-# Of a tiny model. BERT hides few tokens of a small batch: with 8192 most pieces are predicted once in a hundred updates,
-# and a run of minutes hardly gets below the unigram entropy.
+# Of a tiny model. BERT hides few tokens of a small batch: with 8192 most pieces are predicted once
+# in a hundred updates, and a run of minutes hardly gets below the unigram entropy.
 TINY_VOCABULARY = {"bert": 2048, "t5": 8192}
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en"
 C4_SHARDS = 1024
@@ -69,28 +70,35 @@ SUFFIXES = tuple(kind + packed for kind in (".txt", ".json", ".jsonl") for packe
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
 SAMPLE_FILES = 64  # files that the sample is taken from, evenly spaced
 VALIDATION_SHARE = 0.02  # at most this share of the text ...
-VALIDATION_TOKENS = {"bert": 10_000 * 128 * 1.1, "t5": 10_000 * 568 * 1.1}  # ... and tokens: 10,000 rows, and a margin
+# ... and tokens: 10,000 rows, and a margin.
+VALIDATION_TOKENS = {
+    "bert": 10_000 * 128 * 1.1,
+    "t5": 10_000 * 568 * 1.1,
+}
 CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
 
 
-# -- Tokenizer -----------------------------------------------------------------------------------------
+# -- Tokenizer -------------------------------------------------------------------------------------
 
-# A word with the space before it, a run of punctuation with the space before it, or other white space.
-# The lengths are bounded so that no text can make the merging slow. Python's and tiktoken's regular
-# expressions read this pattern alike.
+# A word with the space before it, a run of punctuation with the space before it, or other white
+# space. The lengths are bounded so that no text can make the merging slow. Python's and tiktoken's
+# regular expressions read this pattern alike.
 PATTERN = r" ?\w{1,32}| ?[^\w\s]{1,32}|\s{1,32}(?!\S)|\s"
 
 
 def normalise(text, uncased):
-    """The text that the tokenizer sees. Uncased, as the study: typewriter quotes (`` and '') become ",
-    accents are stripped (NFD), letters are lower-cased, white space is one space. Unlike the study,
-    characters outside ASCII stay: byte-level BPE can write them."""
+    """The text that the tokenizer sees. Uncased, as the study: typewriter quotes (`` and '') become
+    ", accents are stripped (NFD), letters are lower-cased, white space is one space. Unlike the
+    study, characters outside ASCII stay: byte-level BPE can write them."""
     if not text.isascii():
-        text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a surrogate pair
+        # JSON can hold half a surrogate pair.
+        text = text.encode("utf-8", "replace").decode("utf-8")
     if uncased:
         text = text.replace("``", '"').replace("''", '"')
         if not text.isascii():
-            text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+            text = "".join(
+                c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)
+            )
         text = " ".join(text.lower().split())
     return text
 
@@ -98,9 +106,9 @@ def normalise(text, uncased):
 def train_bpe(word_counts, size):
     """Byte-pair encoding (Sennrich et al. 2016): `size` byte strings in the order of their merging.
 
-    The first 256 are the bytes; every further one joins the pair of neighbours that is most frequent
-    over the words (ties: the smaller pair). Pair counts are kept up to date merge by merge, and a heap
-    with lazy deletion finds the largest.
+    The first 256 are the bytes; every further one joins the pair of neighbours that is most
+    frequent over the words (ties: the smaller pair). Pair counts are kept up to date merge by
+    merge, and a heap with lazy deletion finds the largest.
     """
     vocabulary = [bytes([byte]) for byte in range(256)]
     words = [list(word.encode()) for word in word_counts]
@@ -143,8 +151,8 @@ def train_bpe(word_counts, size):
 
 
 class BPETokenizer:
-    """BERT's: byte-level BPE, trained here, run by tiktoken. Ids 0 to 4 are the special tokens, which no text
-    encodes to.
+    """BERT's: byte-level BPE, trained here, run by tiktoken. Ids 0 to 4 are the special tokens,
+    which no text encodes to.
 
     `encode(text)` normalises first; `decode(encode(text)) == normalise(text, tokenizer.uncased)`.
     """
@@ -178,8 +186,14 @@ class BPETokenizer:
         for counted in samples:
             words.update(counted)
         # Words seen once tell the merges little and are most of the memory.
-        frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(sorted(words.items()))
-        return cls(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased) if words else None
+        frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(
+            sorted(words.items())
+        )
+        return (
+            cls(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased)
+            if words
+            else None
+        )
 
     def encode(self, text):
         return self.encoding.encode_ordinary(normalise(text, self.uncased))
@@ -189,7 +203,9 @@ class BPETokenizer:
 
     def save(self, folder):
         tokens = [base64.b64encode(token).decode() for token in self.vocabulary]
-        (Path(folder) / self.file_name).write_text(json.dumps({"uncased": self.uncased, "vocabulary": tokens}))
+        (Path(folder) / self.file_name).write_text(
+            json.dumps({"uncased": self.uncased, "vocabulary": tokens})
+        )
 
     @classmethod
     def load(cls, path):
@@ -198,9 +214,9 @@ class BPETokenizer:
 
 
 class SentencePieceTokenizer:
-    """T5's: a SentencePiece unigram model (Kudo 2018), trained here or given, and behind its pieces 100
-    sentinels; the vocabulary is padded to a multiple of 128 (32,000 pieces: 32,128). Ids 0 to 2 are
-    <pad>, </s> and <unk>; the first sentinel of a row is the last of the 100.
+    """T5's: a SentencePiece unigram model (Kudo 2018), trained here or given, and behind its pieces
+    100 sentinels; the vocabulary is padded to a multiple of 128 (32,000 pieces: 32,128). Ids 0 to 2
+    are <pad>, </s> and <unk>; the first sentinel of a row is the last of the 100.
     """
 
     file_name = "tokenizer.model"
@@ -218,7 +234,12 @@ class SentencePieceTokenizer:
     @staticmethod
     def sample(texts, uncased):
         """What training needs of some texts: their lines, cut to at most 1000 characters."""
-        return [part for text in texts for line in normalise(text, uncased).splitlines() for part in textwrap.wrap(line, 1000, break_on_hyphens=False)]
+        return [
+            part
+            for text in texts
+            for line in normalise(text, uncased).splitlines()
+            for part in textwrap.wrap(line, 1000, break_on_hyphens=False)
+        ]
 
     @classmethod
     def train(cls, samples, vocabulary_size, uncased):
@@ -229,18 +250,32 @@ class SentencePieceTokenizer:
         # A fixed number of threads, so that its sums are split alike on every machine.
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts), model_writer=written, model_type="unigram", vocab_size=vocabulary_size - 128,
-                pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=0.9995, num_threads=2, minloglevel=2,
-            )  # fmt: skip
+                sentence_iterator=iter(texts),
+                model_writer=written,
+                model_type="unigram",
+                vocab_size=vocabulary_size - 128,
+                pad_id=0,
+                eos_id=1,
+                unk_id=2,
+                bos_id=-1,
+                character_coverage=0.9995,
+                num_threads=2,
+                minloglevel=2,
+            )
         except RuntimeError as error:
-            raise UserError(f"--vocabulary={vocabulary_size}: SentencePiece cannot learn so many pieces ({str(error).splitlines()[-1]}); give it more text or ask for fewer") from None
+            raise UserError(
+                f"--vocabulary={vocabulary_size}: SentencePiece cannot learn so many pieces "
+                f"({str(error).splitlines()[-1]}); give it more text or ask for fewer"
+            ) from None
         return cls(written.getvalue())
 
     def encode(self, text):
         return self.processor.encode(normalise(text, False))
 
     def decode(self, tokens):
-        return self.processor.decode([token for token in tokens if token < self.processor.get_piece_size()])
+        return self.processor.decode(
+            [token for token in tokens if token < self.processor.get_piece_size()]
+        )
 
     def save(self, folder):
         (Path(folder) / self.file_name).write_bytes(self.model)
@@ -261,14 +296,16 @@ def load_tokenizer(folder):
             try:
                 return kind.load(path)
             except (OSError, ValueError, KeyError, RuntimeError) as error:
-                raise UserError(f"{path} is not a tokenizer of ours ({error}); prepare the corpus again") from None
+                raise UserError(
+                    f"{path} is not a tokenizer of ours ({error}); prepare the corpus again"
+                ) from None
     raise UserError(f"{folder}: no tokenizer here; prepare the corpus again")
 
 
 tokenizer_of_worker = functools.cache(load_tokenizer)  # a worker process loads it once
 
 
-# -- Sources: each yields blocks (name, number of the first line, lines as bytes) -----------------------
+# -- Sources: each yields blocks (name, number of the first line, lines as bytes) ------------------
 
 
 def opened(path):
@@ -285,17 +322,22 @@ def file_blocks(path):
                 block.append(line)
                 size += len(line)
                 # Text without any blank line is cut too, or memory would grow with it.
-                if size >= BLOCK_BYTES and (not blank_ends or not line.strip() or size >= 4 * BLOCK_BYTES):
+                if size >= BLOCK_BYTES and (
+                    not blank_ends or not line.strip() or size >= 4 * BLOCK_BYTES
+                ):
                     yield str(path), first, block
                     block, size, first = [], 0, number + 1
         if block:
             yield str(path), first, block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the gzip data is cut short or damaged ({error}); get the file again") from None
+        raise UserError(
+            f"{path}: the gzip data is cut short or damaged ({error}); get the file again"
+        ) from None
 
 
 def documents(block):
-    """The documents of a block, as strings; a line that cannot be read is named by file and number."""
+    """The documents of a block, as strings; a line that cannot be read is named by file and
+    number."""
     name, first, lines = block
     is_text = ".txt" in Path(name).suffixes
     paragraph = []
@@ -303,7 +345,10 @@ def documents(block):
         try:
             line = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+            raise UserError(
+                f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert "
+                "the file"
+            ) from None
         if is_text:
             if line.strip():
                 paragraph.append(line)
@@ -316,7 +361,10 @@ def documents(block):
             except (ValueError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
-                raise UserError(f"{name}, line {number}: expected a JSON object with a string \"text\", got {line.strip()[:60]!r}")
+                raise UserError(
+                    f'{name}, line {number}: expected a JSON object with a string "text", '
+                    f"got {line.strip()[:60]!r}"
+                )
             yield text
     if paragraph:
         yield "".join(paragraph)
@@ -332,7 +380,10 @@ def local_files(pattern):
             if not path.name.endswith(SUFFIXES):
                 raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
     if not found:
-        raise UserError(f"--files={pattern}: no file found (a file, a folder or a quoted glob of {', '.join(SUFFIXES)})")
+        raise UserError(
+            f"--files={pattern}: no file found (a file, a folder or a quoted glob of "
+            f"{', '.join(SUFFIXES)})"
+        )
     return found
 
 
@@ -340,12 +391,14 @@ PYDOCS_PACKAGES = ["torch", "sympy", "networkx", "numpy"]
 
 
 def pydocs_versions():
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PYDOCS_PACKAGES}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PYDOCS_PACKAGES
+    }
 
 
 def docstrings(path):
-    """The documentation strings of one Python file: of its module, classes and functions, and those that
-    C extensions get by a call (torch's add_docstr, numpy's add_newdoc)."""
+    """The documentation strings of one Python file: of its module, classes and functions, and those
+    that C extensions get by a call (torch's add_docstr, numpy's add_newdoc)."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -353,7 +406,9 @@ def docstrings(path):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield ast.get_docstring(node)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("add_docstr", "add_newdoc"):
+        elif isinstance(node, ast.Call) and getattr(
+            node.func, "id", getattr(node.func, "attr", "")
+        ) in ("add_docstr", "add_newdoc"):
             for constant in ast.walk(node):
                 if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
                     yield constant.value
@@ -364,17 +419,28 @@ def pydocs_of(path):
 
 
 def write_pydocs(folder):
-    """Writes pydocs.jsonl, the documentation strings without duplicates; the same for the same versions."""
+    """Writes pydocs.jsonl, the documentation strings without duplicates; the same for the same
+    versions."""
     roots = [Path(sysconfig.get_path("stdlib"))]
     roots += [Path(importlib.util.find_spec(name).origin).parent for name in PYDOCS_PACKAGES]
     paths = []
     for root in roots:
         inside = sorted(path for path in root.rglob("*.py"))
-        paths += [path for path in inside if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts)]
+        paths += [
+            path
+            for path in inside
+            if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts)
+        ]
     seen = set()
     path = folder / "pydocs.jsonl"
     with workers() as pool, open(path, "w", encoding="utf-8") as file:
-        for texts in tqdm(pool.imap(pydocs_of, paths, chunksize=32), "extracting", len(paths), unit=" files", disable=None):
+        for texts in tqdm(
+            pool.imap(pydocs_of, paths, chunksize=32),
+            "extracting",
+            len(paths),
+            unit=" files",
+            disable=None,
+        ):
             for text in texts:
                 key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
                 if key not in seen:
@@ -393,7 +459,8 @@ def check_gzip(path):
 def download(url, path, check=check_gzip):
     """Fetches `url` into `path`; goes on where a broken download stopped; the whole is checked.
 
-    The length must be the server's, where it says one, and `check(path)` must not raise OSError, EOFError, ValueError or zlib.error.
+    The length must be the server's, where it says one, and `check(path)` must not raise OSError,
+    EOFError, ValueError or zlib.error.
     """
     if path.exists():
         return
@@ -406,10 +473,19 @@ def download(url, path, check=check_gzip):
                 if response.status != 206:
                     have = 0  # the server sends the file from its start
                 length = response.headers["Content-Length"]
-                total = have + int(length) if length else 0  # 0: the server does not say; the check decides
-                with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path.name, total=total or None, initial=have, unit="B", unit_scale=True, disable=None
-                ) as bar:
+                # 0: the server does not say; the check decides.
+                total = have + int(length) if length else 0
+                with (
+                    open(part, "ab" if have else "wb") as file,
+                    tqdm(
+                        desc=path.name,
+                        total=total or None,
+                        initial=have,
+                        unit="B",
+                        unit_scale=True,
+                        disable=None,
+                    ) as bar,
+                ):
                     while piece := response.read(1 << 20):
                         file.write(piece)
                         bar.update(len(piece))
@@ -420,7 +496,9 @@ def download(url, path, check=check_gzip):
                 raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
             if attempt == 4:
-                raise UserError(f"{url}: {error}; run the same command again to go on from {part}") from None
+                raise UserError(
+                    f"{url}: {error}; run the same command again to go on from {part}"
+                ) from None
             time.sleep(2**attempt)
             continue
         if part.stat().st_size < total:
@@ -435,15 +513,24 @@ def download(url, path, check=check_gzip):
             continue
         part.rename(path)
         return
-    raise UserError(f"{url}: {problems[-1] if problems else 'incomplete'} after {attempt + 1} tries; run the same command again")
+    raise UserError(
+        f"{url}: {problems[-1] if problems else 'incomplete'} after {attempt + 1} tries; run the "
+        "same command again"
+    )
 
 
-# -- Encoding --------------------------------------------------------------------------------------------
+# -- Encoding --------------------------------------------------------------------------------------
 
 
 def document_hash(text):
-    """A number in [0, 1) that depends on the text alone: it decides sample and validation membership."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64
+    """A number in [0, 1) that depends on the text alone: it decides sample and validation
+    membership."""
+    return (
+        int.from_bytes(
+            hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big"
+        )
+        / 2**64
+    )
 
 
 def take_sample(block, share, kind, uncased):
@@ -452,13 +539,15 @@ def take_sample(block, share, kind, uncased):
 
 
 def encode_block(block, folder, validation_share):
-    """(training tokens, validation tokens, documents of each) of a block; empty documents are left out."""
+    """(training tokens, validation tokens, documents of each) of a block; empty documents are left
+    out."""
     tokenizer = tokenizer_of_worker(folder)
     tokens, count = ([], []), [0, 0]
     for text in documents(block):
         encoded = tokenizer.encode(text)
         if encoded:
-            # 1 - hash: in a large corpus the validation documents are not in the tokenizer's sample.
+            # 1 - hash: in a large corpus the validation documents are not in the tokenizer's
+            # sample.
             part = int(1 - document_hash(text) <= validation_share)
             tokens[part].extend(encoded)
             tokens[part].append(tokenizer.separator)
@@ -507,8 +596,8 @@ def meta_checksum(meta):
 
 
 def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=None):
-    """Trains the tokenizer on a sample of `files`, if none is given, encodes them all into `folder`, writes
-    meta.json."""
+    """Trains the tokenizer on a sample of `files`, if none is given, encodes them all into
+    `folder`, writes meta.json."""
     started = time.perf_counter()
     total_bytes = sum(map(estimated_bytes, files))
     kind = TOKENIZERS[model]
@@ -517,18 +606,30 @@ def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=Non
             sampled = files[:: max(1, len(files) // SAMPLE_FILES)]
             share = min(1.0, kind.sample_bytes / max(1, sum(map(estimated_bytes, sampled))))
             blocks = (block for path in sampled for block in file_blocks(path))
-            samples = tqdm(in_parallel(pool, take_sample, blocks, share, kind, uncased), "sampling", unit=" blocks", disable=None)
+            samples = tqdm(
+                in_parallel(pool, take_sample, blocks, share, kind, uncased),
+                "sampling",
+                unit=" blocks",
+                disable=None,
+            )
             tokenizer = kind.train(samples, vocabulary_size, uncased)
             if tokenizer is None:
                 raise UserError(f"{source['files']}: no text in it")
         tokenizer.save(folder)
         trained = time.perf_counter()
-        validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS[model] / max(1, total_bytes / 4.5))
+        validation_share = min(
+            VALIDATION_SHARE, VALIDATION_TOKENS[model] / max(1, total_bytes / 4.5)
+        )
         count, tokens = [0, 0], [0, 0]
         blocks = (block for path in files for block in file_blocks(path))
-        with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as validation:
+        with (
+            open(folder / "train.bin", "wb") as train,
+            open(folder / "val.bin", "wb") as validation,
+        ):
             with tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar:
-                for *encoded, documents_here in in_parallel(pool, encode_block, blocks, folder, validation_share):
+                for *encoded, documents_here in in_parallel(
+                    pool, encode_block, blocks, folder, validation_share
+                ):
                     for part, file in enumerate((train, validation)):
                         file.write(encoded[part].tobytes())
                         tokens[part] += len(encoded[part])
@@ -541,8 +642,16 @@ def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=Non
         "first_sentinel": getattr(tokenizer, "first_sentinel", None),
         "uncased": uncased,
         "source": source,
-        "train": {"documents": count[0], "tokens": tokens[0], "checksums": block_checksums(folder / "train.bin")},
-        "val": {"documents": count[1], "tokens": tokens[1], "checksums": block_checksums(folder / "val.bin")},
+        "train": {
+            "documents": count[0],
+            "tokens": tokens[0],
+            "checksums": block_checksums(folder / "train.bin"),
+        },
+        "val": {
+            "documents": count[1],
+            "tokens": tokens[1],
+            "checksums": block_checksums(folder / "val.bin"),
+        },
         "tokenizer": kind.file_name,
         "tokenizer_checksum": zlib.crc32((folder / kind.file_name).read_bytes()),
     }
@@ -550,8 +659,10 @@ def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=Non
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     encoding_seconds = time.perf_counter() - trained
     print(
-        f"{tokens[0]:,} training and {tokens[1]:,} validation tokens in {count[0]:,} and {count[1]:,} documents; "
-        f"tokenizer {trained - started:.0f} s, encoding {encoding_seconds:.0f} s ({sum(tokens) / encoding_seconds:,.0f} tokens/s)"
+        f"{tokens[0]:,} training and {tokens[1]:,} validation tokens in {count[0]:,} and "
+        f"{count[1]:,} documents; "
+        f"tokenizer {trained - started:.0f} s, encoding {encoding_seconds:.0f} s "
+        f"({sum(tokens) / encoding_seconds:,.0f} tokens/s)"
     )
 
 
@@ -559,25 +670,45 @@ def corpus_folder(name, model, vocabulary_size):
     return ROOT / "data" / name / f"{model}-{vocabulary_size}"
 
 
-def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base_url=C4_URL, folder=None, model="bert", tokenizer=None):
+def prepare(
+    name,
+    files=None,
+    vocabulary_size=None,
+    uncased=None,
+    shards=1,
+    base_url=C4_URL,
+    folder=None,
+    model="bert",
+    tokenizer=None,
+):
     """Prepares corpus `name` for a model; see the module's docstring. Returns its folder."""
     if uncased and model == "t5":
         raise UserError("--uncased: T5's text stays as it is (the study); leave the flag out")
     uncased = model == "bert" if uncased is None else uncased
     if tokenizer is not None:
         if model != "t5":
-            raise UserError(f"--tokenizer={tokenizer}: a SentencePiece model, which is T5's: --model=t5")
+            raise UserError(
+                f"--tokenizer={tokenizer}: a SentencePiece model, which is T5's: --model=t5"
+            )
         try:
             tokenizer = SentencePieceTokenizer.load(tokenizer)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--tokenizer={tokenizer}: not a SentencePiece model for T5 ({error})") from None
+            raise UserError(
+                f"--tokenizer={tokenizer}: not a SentencePiece model for T5 ({error})"
+            ) from None
         if vocabulary_size not in (None, tokenizer.size):
-            raise UserError(f"--vocabulary={vocabulary_size}: that tokenizer has {tokenizer.size}; leave the flag out")
+            raise UserError(
+                f"--vocabulary={vocabulary_size}: that tokenizer has {tokenizer.size}; leave the "
+                "flag out"
+            )
         vocabulary_size = tokenizer.size
     vocabulary_size = TINY_VOCABULARY[model] if vocabulary_size is None else vocabulary_size
     least = len(SPECIAL_TOKENS) + 256 if model == "bert" else 256
     if not least <= vocabulary_size <= 65536 or (model == "t5" and vocabulary_size % 128):
-        raise UserError(f"--vocabulary={vocabulary_size}: expected {least} to 65536 (16 bits)" + (", a multiple of 128" if model == "t5" else ""))
+        raise UserError(
+            f"--vocabulary={vocabulary_size}: expected {least} to 65536 (16 bits)"
+            + (", a multiple of 128" if model == "t5" else "")
+        )
     folder = Path(folder) if folder else corpus_folder(name, model, vocabulary_size)
     if files:
         source = {"files": str(files)}
@@ -596,17 +727,23 @@ def prepare(name, files=None, vocabulary_size=None, uncased=None, shards=1, base
         source = {"files": base_url, "shards": shards}
         found = [downloads / file for file in names]
     else:
-        raise UserError(f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH")
+        raise UserError(
+            f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH"
+        )
     # All is written beside the folder, which it then replaces: a failure leaves what was there.
     # Two first runs may prepare the same corpus at once, so each has a folder of its own.
-    work, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
+    work, old = (
+        folder.with_name(f"{folder.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old")
+    )
     new_parent = not folder.parent.exists()
     for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a killed process
         if left == work or left.stat().st_mtime < time.time() - 24 * 3600:
             shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        encode(found or write_pydocs(work), work, model, vocabulary_size, uncased, source, tokenizer)
+        encode(
+            found or write_pydocs(work), work, model, vocabulary_size, uncased, source, tokenizer
+        )
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -633,17 +770,33 @@ def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("name", help="pydocs, c4, or a name for your own files")
     parser.add_argument("--files", help="your own text: a file, a folder or a quoted glob")
-    parser.add_argument("--model", choices=list(TOKENIZERS), default="bert", help="which model's tokens (bert)")
-    parser.add_argument("--vocabulary", type=int, help="tokens (for tiny models: bert 2048, t5 8192; small: 8192; the study's base: bert 32768, t5 32128)")
+    parser.add_argument(
+        "--model", choices=list(TOKENIZERS), default="bert", help="which model's tokens (bert)"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        help="tokens (tiny models: bert 2048, t5 8192; small: 8192; base: bert 32768, t5 32128)",
+    )
     parser.add_argument("--uncased", type=boolean, help="lower-case and strip accents (bert: true)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="t5: a SentencePiece model, as T5's spiece.model, instead of training one")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="t5: a SentencePiece model, as T5's spiece.model, instead of training one",
+    )
     parser.add_argument("--shards", type=int, default=1, help="c4: how many of its 1024 shards (1)")
     parser.add_argument("--base_url", default=C4_URL, help="c4: where the shards are")
     options = parser.parse_args(arguments)
     prepare(
-        options.name, options.files, options.vocabulary, options.uncased, options.shards, options.base_url,
-        model=options.model, tokenizer=options.tokenizer,
-    )  # fmt: skip
+        options.name,
+        options.files,
+        options.vocabulary,
+        options.uncased,
+        options.shards,
+        options.base_url,
+        model=options.model,
+        tokenizer=options.tokenizer,
+    )
 
 
 if __name__ == "__main__":

@@ -219,9 +219,9 @@ class Method:
         return self.clock.free() if is_free else contextlib.nullcontext()
 
     def row_losses(self, positions, model=None):
-        """The mean loss of each row, by the model's loss (not the hook `loss`) and as `inputs` makes
-        it, with all the layers that the model (or another one) has: a float64 array, the same on
-        all processes. All of them must call it."""
+        """The mean loss of each row, by the model's loss (not the hook `loss`) and as `inputs`
+        makes it, with all the layers that the model (or another one) has: a float64 array, the same
+        on all processes. All of them must call it."""
         model = model or self.model
         parts = micro_batches([(positions, None)], self.config.micro_batch)
         with torch.no_grad():

@@ -1,7 +1,8 @@
 """Scores of predictions against the truth, from 0 (or -1) to 1.
 
-Where a score is undefined, because all predictions or all truths are the same, it is 0: a model that always answers the same
-has learnt nothing. (scikit-learn agrees for F1 and Matthews; scipy gives nan for the correlations.)
+Where a score is undefined, because all predictions or all truths are the same, it is 0: a model
+that always answers the same has learnt nothing. (scikit-learn agrees for F1 and Matthews; scipy
+gives nan for the correlations.)
 """
 
 import numpy as np
@@ -23,7 +24,9 @@ def f1(predictions, truths, positive=1):
 
 def macro_f1(predictions, truths):
     """The mean F1 over the classes that occur, predicted or true."""
-    return float(np.mean([f1(predictions, truths, label) for label in np.union1d(predictions, truths)]))
+    return float(
+        np.mean([f1(predictions, truths, label) for label in np.union1d(predictions, truths)])
+    )
 
 
 def matthews(predictions, truths):
@@ -61,7 +64,8 @@ def exact_match(predictions, truths, groups):
 
 
 def rouge_l(predictions, references):
-    """Rouge-L's F-measure of each text against its best reference (Lin 2004), after Porter's stemmer; the mean.
+    """Rouge-L's F-measure of each text against its best reference (Lin 2004), after Porter's
+    stemmer; the mean.
 
     Args:
         predictions: texts.
@@ -72,5 +76,8 @@ def rouge_l(predictions, references):
     except ImportError:
         raise UserError("Rouge-L needs one more package: pip install rouge-score") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = [max(scorer.score(one, text)["rougeL"].fmeasure for one in several) for text, several in zip(predictions, references)]
+    best = [
+        max(scorer.score(one, text)["rougeL"].fmeasure for one in several)
+        for text, several in zip(predictions, references)
+    ]
     return float(np.mean(best))

@@ -1,23 +1,28 @@
-"""Super-NaturalInstructions (Wang et al. 2022), as the study evaluates T5 on it: train on 757 tasks, write answers to 119 others.
+"""Super-NaturalInstructions (Wang et al. 2022), as the study evaluates T5 on it: train on 757
+tasks, write answers to 119 others.
 
-A row is a definition of its task, up to two worked examples, and an input; the score is Rouge-L's F-measure of the answer. The
-study compares with one reference drawn at random where an instance has several (`rouge_l`); Tk-Instruct's script takes the
-best of all, which stands beside it (`rouge_l_best`). There is no dev set; the test tasks are read once, at the end.
+A row is a definition of its task, up to two worked examples, and an input; the score is Rouge-L's
+F-measure of the answer. The study compares with one reference drawn at random where an instance has
+several (`rouge_l`); Tk-Instruct's script takes the best of all, which stands beside it
+(`rouge_l_best`). There is no dev set; the test tasks are read once, at the end.
 
-As the study: 100 instances drawn from each training task, the first 100 of each test task, no dropout, a constant rate, fp32 (on a
-GPU its products in TF32); a prompt above the limit loses its end. The study's seed is 2137.
+As the study: 100 instances drawn from each training task, the first 100 of each test task, no
+dropout, a constant rate, fp32 (on a GPU its products in TF32); a prompt above the limit loses its
+end. The study's seed is 2137.
 
-Where we differ from the release: the reference that an instance is compared with is the same for every seed.
+Where we differ from the release: the reference that an instance is compared with is the same for
+every seed.
 
-Files: DATA_DIR/tasks/*.json and DATA_DIR/splits/default/{train,test}_tasks.txt, as in the natural-instructions repository;
-what is downloaded, its release 2.8, comes into DATA_DIR/natural-instructions.
+Files: DATA_DIR/tasks/*.json and DATA_DIR/splits/default/{train,test}_tasks.txt, as in the
+natural-instructions repository; what is downloaded, its release 2.8, comes into
+DATA_DIR/natural-instructions.
 """
 
 import json
 import random
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from errors import UserError
 from tasks import Recipe, Row, fetch_zip, lines
@@ -25,8 +30,16 @@ from tasks.metrics import rouge_l
 
 MODEL = "t5"
 RECIPE = Recipe(
-    lr=5e-5, epochs=2, batch=8, max_length=1024, seeds=(2137,), schedule="constant", target_length=128, evaluate_every_epoch=False, dtype="fp32",
-)  # fmt: skip
+    lr=5e-5,
+    epochs=2,
+    batch=8,
+    max_length=1024,
+    seeds=(2137,),
+    schedule="constant",
+    target_length=128,
+    evaluate_every_epoch=False,
+    dtype="fp32",
+)
 URL = "https://github.com/allenai/natural-instructions/archive/refs/tags/v2.8.zip"
 SAME_ROWS = False  # the seed draws them
 INSTANCES = 100  # of a task, at most
@@ -38,22 +51,30 @@ AVERAGED = (("sni", "rouge_l"),)
 
 
 def load(name, data_dir, url=URL, seed=0):
-    """(training rows, {"": rows to evaluate on}); downloads the repository if it is missing. The seed draws the training
-    tasks' instances. The texts of a row are the parts of its prompt: `prompt` joins those that fit."""
+    """(training rows, {"": rows to evaluate on}); downloads the repository if it is missing. The
+    seed draws the training tasks' instances. The texts of a row are the parts of its prompt:
+    `prompt` joins those that fit."""
     rouge_l(["a"], [["a"]])  # a missing package is named now, not after the training
     if not (data_dir / "tasks").exists():
         data_dir = data_dir / "natural-instructions"
         fetch_zip(url, data_dir, "tasks")
-    training, test = ([row for task in split(data_dir, part) for row in read(data_dir, task, part, seed)] for part in ("train", "test"))
+    training, test = (
+        [row for task in split(data_dir, part) for row in read(data_dir, task, part, seed)]
+        for part in ("train", "test")
+    )
     for part, rows in (("train", training), ("test", test)):
         if not rows:
-            raise UserError(f"{data_dir}: the tasks of splits/default/{part}_tasks.txt have no instance")
+            raise UserError(
+                f"{data_dir}: the tasks of splits/default/{part}_tasks.txt have no instance"
+            )
     return training, {"": test}
 
 
 def split(data_dir, part):
     """Names of the tasks of the default English split."""
-    names = [line.strip() for _, line in lines(data_dir / "splits" / "default" / f"{part}_tasks.txt")]
+    names = [
+        line.strip() for _, line in lines(data_dir / "splits" / "default" / f"{part}_tasks.txt")
+    ]
     if not any(names):
         raise UserError(f"{data_dir / 'splits' / 'default' / f'{part}_tasks.txt'}: no task in it")
     return [name for name in names if name]
@@ -70,15 +91,23 @@ def read(data_dir, task, part, seed):
     place = "Definition"
     try:
         definition = content["Definition"]
-        start = f"Definition: {ended((definition if isinstance(definition, str) else definition[0]).strip())}\n\n"
+        text = definition if isinstance(definition, str) else definition[0]
+        start = f"Definition: {ended(text.strip())}\n\n"
         place = "Positive Examples"
-        examples = tuple(example_text(number, one) for number, one in enumerate(content["Positive Examples"][:EXAMPLES], 1))
+        examples = tuple(
+            example_text(number, one)
+            for number, one in enumerate(content["Positive Examples"][:EXAMPLES], 1)
+        )
         place, instances = "Instances", content["Instances"]
         draw = random.Random(f"{seed} {task}")
         if part == "train":
             chosen = draw.sample(range(len(instances)), min(INSTANCES, len(instances)))
         else:
-            chosen, draw = range(min(INSTANCES, len(instances))), random.Random(task)  # the same test for every seed
+            # The same test for every seed.
+            chosen, draw = (
+                range(min(INSTANCES, len(instances))),
+                random.Random(task),
+            )
         rows = []
         for index in chosen:
             place = f"instance {index + 1}"
@@ -92,7 +121,9 @@ def read(data_dir, task, part, seed):
     except KeyError as error:
         raise UserError(f"{path}, {place}: no {error} in it") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}, {place}: not in the format of natural-instructions ({error})") from None
+        raise UserError(
+            f"{path}, {place}: not in the format of natural-instructions ({error})"
+        ) from None
 
 
 def ended(text):
@@ -102,7 +133,8 @@ def ended(text):
 
 def example_text(number, example):
     """A worked example as the study writes it, with its spaces."""
-    return f" Positive Example {number} -\nInput: {ended(example['input'].strip())}\n Output: {ended(example['output'].strip())}\n\n"
+    source, target = ended(example["input"].strip()), ended(example["output"].strip())
+    return f" Positive Example {number} -\nInput: {source}\n Output: {target}\n\n"
 
 
 def query_text(text):
@@ -110,7 +142,8 @@ def query_text(text):
 
 
 def prompt(row, count_tokens, limit):
-    """What the model reads: the definition, as many examples as fit into `limit` tokens with all else, and the query."""
+    """What the model reads: the definition, as many examples as fit into `limit` tokens with all
+    else, and the query."""
     definition, *examples, query = row.texts
     fitting = ""
     for example in examples:
@@ -129,8 +162,15 @@ class Task:
 
 
 TASKS = {
-    "sni": Task(prompt, {
-        "rouge_l": lambda predictions, rows: rouge_l(predictions, [[row.label] for row in rows]),
-        "rouge_l_best": lambda predictions, rows: rouge_l(predictions, [row.references for row in rows]),
-    })
-}  # fmt: skip
+    "sni": Task(
+        prompt,
+        {
+            "rouge_l": lambda predictions, rows: rouge_l(
+                predictions, [[row.label] for row in rows]
+            ),
+            "rouge_l_best": lambda predictions, rows: rouge_l(
+                predictions, [row.references for row in rows]
+            ),
+        },
+    )
+}

@@ -1,19 +1,20 @@
 """SuperGLUE (Wang et al. 2019), as the study evaluates BERT on it: seven tasks, without ReCoRD.
 
-The score is the mean of six numbers, as in the paper; MultiRC is reported beside it. The recipe is GLUE's with another rate and ten
-epochs; the best epoch is the study's number, the last one ours.
+The score is the mean of six numbers, as in the paper; MultiRC is reported beside it. The recipe is
+GLUE's with another rate and ten epochs; the best epoch is the study's number, the last one ours.
 
-Where we differ from the release: a row holds all texts of the task, each ended by [SEP] (there, only the first two reached the
-model, so that COPA had no second choice, MultiRC no answer, WiC no second sentence and WSC no second span); the warm-up is 10% of each
-task's own updates; rows are shuffled; padding is not attended to; WSC's spans are as published.
+Where we differ from the release: a row holds all texts of the task, each ended by [SEP] (there,
+only the first two reached the model, so that COPA had no second choice, MultiRC no answer, WiC no
+second sentence and WSC no second span); the warm-up is 10% of each task's own updates; rows are
+shuffled; padding is not attended to; WSC's spans are as published.
 
 Files: DATA_DIR/BoolQ/train.jsonl, val.jsonl and so on, as published.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from errors import UserError
 from tasks import Row, fetch_zip, glue, lines, of_labels
@@ -27,7 +28,8 @@ SAME_ROWS = True
 
 @dataclass(frozen=True)
 class Task:
-    """A task's folder, its classes in the order of their numbers, and (texts, label, group) of each example in an object."""
+    """A task's folder, its classes in the order of their numbers, and (texts, label, group) of each
+    example in an object."""
 
     folder: str
     classes: tuple
@@ -50,7 +52,11 @@ def multirc(object):
     """One for each answer to each question about a passage."""
     passage = object["passage"]
     return [
-        ([passage["text"], question["question"], answer["text"]], answer["label"], (object["idx"], question["idx"]))
+        (
+            [passage["text"], question["question"], answer["text"]],
+            answer["label"],
+            (object["idx"], question["idx"]),
+        )
         for question in passage["questions"]
         for answer in question["answers"]
     ]
@@ -60,28 +66,75 @@ BOOLEAN = (False, True)  # equal to 0 and 1, which some files have
 ACCURACY = {"accuracy": of_labels(accuracy)}
 OF_ANSWERS = {
     "f1a": of_labels(f1),
-    "exact_match": lambda predictions, rows: exact_match(predictions, [row.label for row in rows], [row.group for row in rows]),
+    "exact_match": lambda predictions, rows: exact_match(
+        predictions, [row.label for row in rows], [row.group for row in rows]
+    ),
 }
 TASKS = {
-    "boolq": Task("BoolQ", BOOLEAN, fields("question", "passage"), ACCURACY, "853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436"),
+    "boolq": Task(
+        "BoolQ",
+        BOOLEAN,
+        fields("question", "passage"),
+        ACCURACY,
+        "853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436",
+    ),
     "cb": Task(
-        "CB", ("entailment", "contradiction", "neutral"), fields("premise", "hypothesis"), {"macro_f1": of_labels(macro_f1)} | ACCURACY,
+        "CB",
+        ("entailment", "contradiction", "neutral"),
+        fields("premise", "hypothesis"),
+        {"macro_f1": of_labels(macro_f1)} | ACCURACY,
         "8d641383298d54554066ba1c93f56ae7410af75df621b90c63028806bbbbb535",
     ),
-    "copa": Task("COPA", BOOLEAN, fields("premise", "choice1", "choice2", "question"), ACCURACY, "405906cddac74bc1e1ce8220f1107d1025b66a25ef10149d91b10bb30651125f"),
-    "multirc": Task("MultiRC", BOOLEAN, multirc, OF_ANSWERS, "b3cd440856e72eb166b2edcd37b798455f1ebd51f2c3de64c0c2a4e1971d2737"),
-    "rte": Task("RTE", glue.TWO_WAY, fields("premise", "hypothesis"), ACCURACY, "6310aab3f000424c9d0318a1ff20692e07c7f4aa15e8f17a5972ea0a35c398b9"),
-    "wic": Task("WiC", BOOLEAN, fields("word", "sentence1", "sentence2"), ACCURACY, "ee7e67f4ae9eafbf533780faa198e62167f3cda54256cdf261877be3c0e90900"),
-    "wsc": Task("WSC", BOOLEAN, wsc, ACCURACY, "2ed6dfa94556b4a128ff0441efe365b2e883124e7e6aa00fb8d3a6cb1fd520a9"),
-}  # fmt: skip
+    "copa": Task(
+        "COPA",
+        BOOLEAN,
+        fields("premise", "choice1", "choice2", "question"),
+        ACCURACY,
+        "405906cddac74bc1e1ce8220f1107d1025b66a25ef10149d91b10bb30651125f",
+    ),
+    "multirc": Task(
+        "MultiRC",
+        BOOLEAN,
+        multirc,
+        OF_ANSWERS,
+        "b3cd440856e72eb166b2edcd37b798455f1ebd51f2c3de64c0c2a4e1971d2737",
+    ),
+    "rte": Task(
+        "RTE",
+        glue.TWO_WAY,
+        fields("premise", "hypothesis"),
+        ACCURACY,
+        "6310aab3f000424c9d0318a1ff20692e07c7f4aa15e8f17a5972ea0a35c398b9",
+    ),
+    "wic": Task(
+        "WiC",
+        BOOLEAN,
+        fields("word", "sentence1", "sentence2"),
+        ACCURACY,
+        "ee7e67f4ae9eafbf533780faa198e62167f3cda54256cdf261877be3c0e90900",
+    ),
+    "wsc": Task(
+        "WSC",
+        BOOLEAN,
+        wsc,
+        ACCURACY,
+        "2ed6dfa94556b4a128ff0441efe365b2e883124e7e6aa00fb8d3a6cb1fd520a9",
+    ),
+}
 DEFAULT = tuple(TASKS)
 AVERAGED = (
-    ("boolq", "accuracy"), ("cb", "macro_f1"), ("copa", "accuracy"), ("rte", "accuracy"), ("wic", "accuracy"), ("wsc", "accuracy"),
-)  # fmt: skip
+    ("boolq", "accuracy"),
+    ("cb", "macro_f1"),
+    ("copa", "accuracy"),
+    ("rte", "accuracy"),
+    ("wic", "accuracy"),
+    ("wsc", "accuracy"),
+)
 
 
 def load(name, data_dir, url=URL, seed=0):
-    """(training rows, {"": rows to evaluate on}) of a task; downloads what is missing. The seed changes nothing here."""
+    """(training rows, {"": rows to evaluate on}) of a task; downloads what is missing. The seed
+    changes nothing here."""
     task = TASKS[name]
     folder = data_dir / task.folder
     fetch_zip(f"{url}/{task.folder}.zip", folder, "train.jsonl", task.sha256)
@@ -89,7 +142,8 @@ def load(name, data_dir, url=URL, seed=0):
 
 
 def read(path, task):
-    """The rows of one file. A line that does not hold what the task needs is a UserError, by its number."""
+    """The rows of one file. A line that does not hold what the task needs is a UserError, by its
+    number."""
     rows = []
     for number, line in lines(path):
         try:
@@ -97,7 +151,10 @@ def read(path, task):
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError("a text is not a string")
                 if label not in task.classes:
-                    raise ValueError(f"the label is {label!r}, expected one of {', '.join(map(str, task.classes))}")
+                    raise ValueError(
+                        f"the label is {label!r}, expected one of "
+                        f"{', '.join(map(str, task.classes))}"
+                    )
                 rows.append(Row(tuple(texts), task.classes.index(label), group))
         except KeyError as error:
             raise UserError(f"{path}, line {number}: no {error} in it") from None
