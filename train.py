@@ -48,7 +48,7 @@ import model as models
 from data.corpus import Corpus
 from data.prepare import TINY_VOCABULARY, boolean, corpus_folder
 from errors import Parser, UserError, exits_on_user_error
-from methods.baseline import SCHEDULES
+from methods.baseline import SCHEDULES, Option
 from parallel import (
     is_main,
     max_over_processes,
@@ -70,250 +70,201 @@ from runs import (
 )
 
 WEEK_HOURS = 7 * 24
+SEEDS = 2**32  # how many there are: no library refuses one of these
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def setting(default, help, choices=(), group=None):
-    """A flag. `group`: the heading in --help of this flag and those that follow."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "group": group}
-    )
+def setting(default, help, choices=(), minimum=-math.inf, maximum=math.inf, group=None):
+    """A flag of every run. `group`: the heading in --help of this flag and those that follow."""
+    option = Option(default, help, choices, minimum, maximum)
+    return dataclasses.field(default=default, metadata={"option": option, "group": group})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag. None: resolved by `resolve`, and printed."""
+    """Every flag. None: `resolve` decides."""
 
     model: str = setting("bert", "which model", tuple(models.SIZES), group="what is trained")
     size: str = setting(None, "base with a GPU, else tiny", ("tiny", "small", "base"))
     method: str = setting("baseline", "a file of methods/, or several joined by +")
 
     data: str = setting(
-        None,
-        "a corpus that data/prepare.py made (c4 if it was prepared, else pydocs)",
-        group="on what",
+        None, "a corpus of data/prepare.py (c4 if it was prepared, else pydocs)", group="on what"
     )
     vocabulary: int = setting(
-        None, "size of its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)"
+        None,
+        "tokens in its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)",
+        minimum=1,
     )
-    row_length: int = setting(None, "tokens that a row reads (128; t5 from small on: 512)")
+    row_length: int = setting(
+        None, "tokens that a row reads (128; t5 from small on: 512)", minimum=1
+    )
     holdout: float = setting(
-        0.2, "share of the rows that is kept from training, for every method alike"
+        0.2, "share of rows kept from training, for every method alike", minimum=0, maximum=0.99
     )
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(
-        None, "rows of the fixed validation set (base: 10000, else 1000)"
+        None, "rows of the fixed validation set (base: 10000, else 1000)", minimum=1
     )
 
     budget_hours: float = setting(
-        None, "budget in hours of the reference (0.05)", group="for how long"
+        None, "budget in hours of the reference (0.05)", minimum=1e-9, group="for how long"
     )
-    budget_steps: int = setting(None, "budget in updates instead")
+    budget_steps: int = setting(None, "budget in updates instead", minimum=1)
     reference: str = setting(
         None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this; else the study's)"
     )
     reprobe: bool = setting(True, "time the probe again during the run")
     validations: int = setting(
-        4, "how often to validate, evenly over the budget; the last is at its end"
+        4, "how often, evenly over the budget; the last at its end", minimum=1
     )
 
     batch: int = setting(
-        None, "rows an update", group="the recipe (defaults by method, model and size)"
+        None, "rows an update", minimum=1, group="the recipe (defaults by method, model and size)"
     )
-    lr: float = setting(None, "peak learning rate")
+    lr: float = setting(None, "peak learning rate", minimum=0)
     schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
-    beta1: float = setting(None, "decay of the first moment")
-    beta2: float = setting(None, "decay of the second moment")
-    eps: float = setting(None, "added to the denominator")
-    weight_decay: float = setting(None, "decoupled, on matrices only")
+    beta1: float = setting(None, "decay of the first moment", minimum=0, maximum=0.9999999)
+    beta2: float = setting(None, "decay of the second moment", minimum=0, maximum=0.9999999)
+    eps: float = setting(None, "added to the denominator", minimum=0)
+    weight_decay: float = setting(None, "decoupled, on matrices only", minimum=0)
     rms_scaling: bool = setting(None, "scale each tensor's rate by its RMS (t5)")
-    clip: float = setting(None, "limit of the global gradient norm")
-    seed: int = setting(0, "of initial weights, row order and corruption")
+    clip: float = setting(None, "limit of the global gradient norm", minimum=1e-9)
+    seed: int = setting(
+        0, "of initial weights, row order and corruption", minimum=0, maximum=SEEDS - 1
+    )
 
     device: str = setting(
         None, "cpu, cuda, cuda:1 (cuda if there is one)", group="how it runs (may change on resume)"
     )
-    dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", ("fp32", "bf16", "fp16"))
-    compile: bool = setting(
-        False, "compile the layers, one by one, and the project's own optimizers"
-    )
+    dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(DTYPES))
+    compile: bool = setting(False, "compile the layers one by one, and our own optimizers")
     micro_batch: int = setting(
-        None, "rows a forward pass; changes speed and memory only (CPU: 8; GPU: bert 128, t5 72)"
+        None, "rows a forward pass, for speed and memory (8; GPU: bert 128, t5 72)", minimum=1
     )
-    threads: int = setting(0, "CPU threads (0: torch's choice)")
-    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints")
+    threads: int = setting(0, "CPU threads (0: torch's choice)", minimum=0)
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
     yes: bool = setting(False, "start a plan of over a week")
-    options: dict = setting(None, "the method's own options")
+    options: dict = None  # the method's own
 
 
-MAY_CHANGE_ON_RESUME = {
-    "device",
-    "dtype",
-    "compile",
-    "micro_batch",
-    "threads",
-    "checkpoint_minutes",
-    "out",
-    "yes",
-}
+MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads"}
+MAY_CHANGE_ON_RESUME |= {"checkpoint_minutes", "out", "yes"}
 DECIDES_WHAT_AN_HOUR_BUYS = {"dtype", "compile", "micro_batch"}  # of these
-VOCABULARY = {
-    "bert": {"tiny": TINY_VOCABULARY["bert"], "small": 8192, "base": 32768},
-    "t5": {"tiny": TINY_VOCABULARY["t5"], "small": 8192, "base": 32128},
-}
-ROW_LENGTH = {
-    "bert": {"tiny": 128, "small": 128, "base": 128},
-    "t5": {"tiny": 128, "small": 512, "base": 512},
+
+# What `resolve` puts where nothing was typed, beside the methods' recipes.
+SIZE_DEFAULTS = {
+    "bert": {
+        "tiny": dict(vocabulary=TINY_VOCABULARY["bert"], row_length=128, validation_rows=1000),
+        "small": dict(vocabulary=8192, row_length=128, validation_rows=1000, reference="rtx3090"),
+        "base": dict(vocabulary=32768, row_length=128, validation_rows=10_000, reference="rtx3090"),
+    },
+    "t5": {
+        "tiny": dict(vocabulary=TINY_VOCABULARY["t5"], row_length=128, validation_rows=1000),
+        "small": dict(vocabulary=8192, row_length=512, validation_rows=1000, reference="a100"),
+        "base": dict(vocabulary=32128, row_length=512, validation_rows=10_000, reference="a100"),
+    },
 }
 MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
-VALIDATION_ROWS = {"tiny": 1000, "small": 1000, "base": 10_000}
-STUDY_REFERENCE = {"bert": "rtx3090", "t5": "a100"}
-# Its parts.
-CHECKPOINT = (
-    "config",
-    "corpus",
-    "model",
-    "optimizer",
-    "scaler",
-    "method",
-    "clock",
-    "stream",
-    "state",
-)
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-AT_LEAST_ONE = (
-    "vocabulary",
-    "row_length",
-    "validation_rows",
-    "budget_steps",
-    "batch",
-    "micro_batch",
-    "validations",
-)
-ABOVE_ZERO = ("budget_hours", "clip", "checkpoint_minutes")
-AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "threads")
-SEEDS = 2**32  # how many there are: no library refuses one of these
+CHECKPOINT = "config corpus model optimizer scaler method clock stream state".split()  # its parts
 
 
 # -- Flags -----------------------------------------------------------------------------------------
 
 
+COMMON = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+
+
 def parse(arguments):
     """The flags that were typed, as a dictionary, and the folder of --resume or None."""
-    method = "baseline"  # it decides which options there are
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--method="):
-            method = argument.partition("=")[2]
-        elif argument == "--method" and index + 1 < len(arguments):
-            method = arguments[index + 1]
-        elif argument.startswith("--resume=") and (Path(argument[9:]) / "config.json").exists():
-            method = read_record(Path(argument[9:]) / "config.json").get("method", method)
+    first = Parser(add_help=False)  # the method decides which options there are
+    first.add_argument("--method", default="baseline")
+    first.add_argument("--resume")
+    known, _ = first.parse_known_args(arguments)
+    method = known.method
+    if known.resume and (Path(known.resume) / "config.json").exists():
+        method = read_record(Path(known.resume) / "config.json", {"method": str})["method"]
     options = methods.find(method).options
-    if taken := set(options) & {field.name for field in dataclasses.fields(Config)}:
+    if taken := sorted(options.keys() & COMMON):
         raise UserError(
-            f"--method={method}: its option {taken.pop()} has the name of a common flag; rename it"
+            f"--method={method}: its option {taken[0]} is a common flag, too; rename it"
         )
+
     parser = Parser(
         description=__doc__,
         argument_default=argparse.SUPPRESS,
         prog="train.py",
         epilog=f"methods: {', '.join(methods.names())}; combine them with +",
     )
-
-    def add(group, name, kind, default, help, choices):
-        help = help.replace("%", "%%")  # argparse formats it
-        shown = (
-            help
-            if default in (None, "")
-            else f"{help} ({str(default).lower() if kind is bool else default})"
-        )
-        extra = dict(nargs="?", const=True) if kind is bool else dict(choices=choices or None)
-        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-        group.add_argument(
-            f"--{name}",
-            type=boolean if kind is bool else kind,
-            help=shown,
-            metavar=metavar,
-            **extra,
-        )
-
-    for field in dataclasses.fields(Config):
+    parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
+    for name, field in COMMON.items():
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        if field.name != "options":
-            add(
-                group,
-                field.name,
-                field.type,
-                field.default,
-                field.metadata["help"],
-                field.metadata["choices"],
-            )
-    parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
+        add_flag(group, name, field.type, field.metadata["option"])
     group = parser.add_argument_group(f"options of --method={method}")
     for name, option in options.items():
-        add(group, name, type(option.default), option.default, option.help, option.choices)
+        add_flag(group, name, type(option.default), option)
+
     typed, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        known = [action.option_strings[0] for action in parser._actions]
-        flag = unknown[0].partition("=")[0]
-        close = difflib.get_close_matches(flag, known, n=1)
+    for argument in unknown:
+        flag = argument.partition("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"{flag!r} is not a flag; flags are written --name=value")
-        raise UserError(
-            f"unknown flag {flag}"
-            + (f", did you mean {close[0]}?" if close else f"; flags: {' '.join(known)}")
-        )
+        flags = [f"--{name}" for name in (*COMMON, "resume", *options)]
+        close = difflib.get_close_matches(flag, flags, n=1)
+        hint = f", did you mean {close[0]}?" if close else f"; flags: {' '.join(flags)}"
+        raise UserError(f"unknown flag {flag}{hint}")
     typed = vars(typed)
     resume = typed.pop("resume", None)
-    if typed_options := {name: typed.pop(name) for name in list(typed) if name in options}:
-        typed["options"] = typed_options
+    if of_the_method := {name: typed.pop(name) for name in list(typed) if name in options}:
+        typed["options"] = of_the_method
     return typed, resume
+
+
+def add_flag(group, name, kind, option):
+    """One flag, and what --help says of it: its meaning, its default, its limits."""
+    default = str(option.default).lower() if kind is bool else str(option.default)
+    notes = [default] * (option.default not in (None, ""))
+    notes += [option.limits] * math.isfinite(option.maximum)
+    shown = option.help + f" ({'; '.join(notes)})" * bool(notes)
+    metavar = f"{{{','.join(option.choices)}}}" if option.choices else kind.__name__.upper()
+    if kind is bool:
+        extra = dict(type=boolean, nargs="?", const=True)  # --reprobe is --reprobe=true
+    else:
+        extra = dict(type=kind, choices=option.choices or None)
+    group.add_argument(f"--{name}", help=shown.replace("%", "%%"), metavar=metavar, **extra)
 
 
 def resolve(typed):
     """The whole configuration from what was typed: every unset flag gets its value here."""
-    values = {field.name: field.default for field in dataclasses.fields(Config)} | typed
+    values = {name: field.default for name, field in COMMON.items()} | typed
+    model, method = values["model"], methods.find(values["method"])
+    for name, cls in method.classes.items():
+        if model not in cls.models:
+            raise UserError(f"--method={name} is for {' and '.join(cls.models)}, not for {model}")
+    if typed.get("schedule") and (owner := method.owner["schedule"]):
+        raise UserError(f"--schedule={typed['schedule']}: {owner} sets the learning rate itself")
     if values["budget_hours"] is not None and values["budget_steps"] is not None:
         raise UserError("--budget_hours and --budget_steps are two budgets; give one")
-    if values["device"] is None:
-        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = values["device"].startswith("cuda")
-    size = values["size"] = values["size"] or ("base" if on_gpu else "tiny")
-    combination = methods.find(values["method"])
-    recipe = combination.defaults(values["model"], size)
-    for name, cls in combination.classes.items():
-        if values["model"] not in cls.models:
-            raise UserError(
-                f"--method={name} is for {' and '.join(cls.models)}, not for {values['model']}"
-            )
-    if typed.get("schedule") and combination.owner["schedule"]:
-        raise UserError(
-            f"--schedule={typed['schedule']}: {combination.owner['schedule']} sets the learning "
-            "rate itself"
-        )
-    defaults = {
-        "vocabulary": VOCABULARY[values["model"]][size],
-        "row_length": ROW_LENGTH[values["model"]][size],
-        "validation_rows": VALIDATION_ROWS[size],
-        "budget_hours": None if values["budget_steps"] else 0.05,
-        "reference": "this" if size == "tiny" else STUDY_REFERENCE[values["model"]],
-        "dtype": "bf16" if on_gpu else "fp32",
-    } | recipe
-    values |= {
-        name: value for name, value in defaults.items() if name in values and values[name] is None
-    }
+    device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    size = values["size"] or ("base" if kind == "cuda" else "tiny")
+    recipe = method.defaults(model, size)
+    defaults = dict(device=device, size=size, dtype="bf16" if kind == "cuda" else "fp32")
+    defaults |= {"reference": "this"} | SIZE_DEFAULTS[model][size] | recipe
+    if values["budget_steps"] is None:
+        defaults["budget_hours"] = 0.05
+    for name in COMMON:
+        if values[name] is None:
+            values[name] = defaults.get(name)
     if values["micro_batch"] is None:
-        values["micro_batch"] = min(
-            values["batch"], MICRO_BATCH[values["model"]]["cuda" if on_gpu else "cpu"]
-        )
+        values["micro_batch"] = min(values["batch"], MICRO_BATCH[model][kind])
     if values["data"] is None:
-        prepared = corpus_folder("c4", values["model"], values["vocabulary"]) / "meta.json"
+        prepared = corpus_folder("c4", model, values["vocabulary"]) / "meta.json"
         values["data"] = "c4" if prepared.exists() else "pydocs"
-    values["options"] = {
-        name: recipe.get(name, option.default) for name, option in combination.options.items()
-    } | (values["options"] or {})
-    config = Config(**values)
+    own = {name: recipe.get(name, option.default) for name, option in method.options.items()}
+    config = Config(**values | {"options": own | typed.get("options", {})})
     check(config)
     return config
 
@@ -321,27 +272,16 @@ def resolve(typed):
 def check(config):
     """Refuses values that no run can have, and a device that is not here: of a new run and of a
     resumed one."""
-    for names, holds, expected in (
-        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
-        (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
-        (("holdout", "beta1", "beta2"), lambda value: 0 <= value < 1, "from 0 to below 1"),
-        (("seed",), lambda value: 0 <= value < SEEDS, f"from 0 to below {SEEDS}"),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not (holds(value) and math.isfinite(value)):
-                raise UserError(f"--{name}={value}: expected a number {expected}")
+    options = {name: field.metadata["option"] for name, field in COMMON.items()}
+    options |= methods.find(config.method).options
+    for name, value in (dataclasses.asdict(config) | config.options).items():
+        if isinstance(value, (int, float)):
+            option = options[name]
+            if not option.minimum <= value <= option.maximum or abs(value) == math.inf:
+                raise UserError(f"--{name}={value}: expected a number {option.limits}")
+        if value == "" and name in COMMON:
+            raise UserError(f"--{name}=: it is empty")
     check_device(config.device)
-    for name, option in methods.find(config.method).options.items():
-        value = config.options[name]
-        if isinstance(value, (int, float)) and not (
-            option.minimum <= value <= option.maximum and math.isfinite(value)
-        ):
-            raise UserError(
-                f"--{name}={value}: expected a number from {option.minimum:g}"
-                + (f" to {option.maximum:g}" if math.isfinite(option.maximum) else "")
-            )
     rst.find_reference(config.reference)
 
 

@@ -40,6 +40,13 @@ class Option:
     minimum: float = -math.inf
     maximum: float = math.inf
 
+    @property
+    def limits(self):
+        """What a number may be, in words."""
+        if math.isfinite(self.maximum):
+            return f"from {self.minimum} to {self.maximum}"
+        return f"of at least {self.minimum}" if math.isfinite(self.minimum) else ""
+
 
 # What a method declares if it has forward or backward passes that train nothing.
 FREE_EXTRA_PASSES = {
