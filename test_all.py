@@ -4845,12 +4845,12 @@ def test_a_folder_that_is_a_file_is_a_message(finished_runs, tmp_path, capsys):
         assert stopped.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
-    """The rows of the study's tables in both pages are those of the runs that are kept in
-    results/runs."""
+def test_the_tables_of_results_are_the_reports(tmp_path, capsys):
+    """The rows of the study's tables are those of the runs that are kept in results/runs."""
     here = Path(__file__).parent
+    page = (here / "results" / "README.md").read_text()
     report.main([str(here / "results" / "runs"), f"--csv={tmp_path / 'table.csv'}"])
-    shown = re.findall(r"^\| stacking \| 3 \| .*", (here / "README.md").read_text(), re.MULTILINE)
+    shown = re.findall(r"^\| stacking \| 3 \| .*", page, re.MULTILINE)
     assert len(shown) == 1 and shown[0] in capsys.readouterr().out
     with open(tmp_path / "table.csv") as file:
         records = [
@@ -4880,15 +4880,12 @@ def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
         row = " | ".join(
             [r["method"], loss, deviation, gap, *speed_up, format(float(r["updates"]), ",.0f")]
         )
-        assert f"| {row} |" in (here / "README.md").read_text()
+        assert f"| {row} |" in page
         plan = f"{r['model']}-tiny-{r['method']}-english-{r['budget_hours']}h-one-epyc-thread"
         folder = here / "results" / "runs"
         runs = [folder / f"{plan}-seed{seed}" / "result.json" for seed in range(3)]
         losses = [format(json.loads(path.read_text())["validation_loss"], ".4f") for path in runs]
-        assert (
-            f"| `{r['method']}` | {' | '.join([*losses, loss, deviation])} |"
-            in (here / "results" / "README.md").read_text()
-        )
+        assert f"| `{r['method']}` | {' | '.join([*losses, loss, deviation])} |" in page
     accuracies = {}
     for name, run, folder in (
         ("pre-trained, 1.25 h", "1.25h", "glue"),
@@ -4911,10 +4908,8 @@ def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
         cells = " | ".join(
             format(value, ".1f") for value in [*mine, np.mean(mine), np.std(mine, ddof=1)]
         )
-        assert f"| {name} | {cells} |" in (here / "results" / "README.md").read_text()
-        assert (
-            f"{np.mean(mine):.1f}% ± {np.std(mine, ddof=1):.1f}" in (here / "README.md").read_text()
-        )
+        assert f"| {name} | {cells} |" in page
+        assert f"{np.mean(mine):.1f}% ± {np.std(mine, ddof=1):.1f}" in page
     for name in list(accuracies)[:2]:
         mean, half, _ = report.difference(
             *(
@@ -4922,7 +4917,7 @@ def test_the_readmes_tables_are_the_reports(tmp_path, capsys):
                 for which in (name, "untrained")
             )
         )
-        assert f"mean {mean:+.2f} ± {half:.2f}" in (here / "results" / "README.md").read_text()
+        assert f"mean {mean:+.2f} ± {half:.2f}" in page
 
 
 def test_report_reads_real_runs(finished_runs, capsys):

@@ -5,8 +5,11 @@
     python train.py --resume=runs/NAME                goes on where a run was stopped
     torchrun --nproc_per_node=8 train.py ...          the same on many devices
 
-Every run is a folder: config.json, log.jsonl (an object per update and per validation),
-checkpoint.pt, model.pt (weights only), result.json (written last).
+Every run is a folder: config.json, log.jsonl, checkpoint.pt, model.pt (weights only), the
+tokenizer, result.json (written last). The log has an object for each validation and each update:
+its loss, lr (of groups whose peak is --lr), gradient_norm (before clipping), rows, progress (when
+it began), charged_seconds of the reference and free_seconds of this machine, the factor in force,
+skipped (a gradient overflowed in fp16), compilations, and under each method's name its report.
 """
 
 import argparse

@@ -71,20 +71,23 @@ class Method:
             (those that it has now), `loss`, `token_losses` and `logits`;
             `optimizers.parameter_groups`, `parameters_by_part` and `hidden_matrices` tell its
             parameters.
-        self.corpus: `draw(count, stream)`, the next stream positions; `batch(positions, stream)`,
-            their rows; `uniform(*integers)`, a number in [0, 1) that is always the same for the
-            same integers (arrays of them give an array), so on all processes and after a resume.
-            For more chance, seed a torch.Generator with it.
+        self.corpus: `draw(count)`, the next stream positions (rows that are drawn and not trained
+            on are gone; `draw(count, SECOND_STREAM)` is for passes that train nothing: the same
+            rows in another order, under other masks); `batch(positions, stream)`, their rows;
+            `uniform(*integers)`, a number in [0, 1) that is always the same for the same integers
+            (arrays of them give an array), so on all processes and after a resume. Begin with an
+            integer of your own, and seed a torch.Generator with it if you need more chance.
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
             BERT in the columns "positions" (B, P). In training no label is missing.
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
-            one, skipped ones too; `free()`, for work that is not charged.
+            one, skipped ones too; `free()`, for work that is not charged. All other work from
+            `begin_update` to `report` is. Weights may not change in a free block.
         self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
             `super().HOOK()` is the baseline's, of no other method: two that override one hook do
             not combine.
-        sum_over_processes(tensors), of `parallel`: in place. A process sees its own part of an
-            update's rows in `inputs` and `loss`, and all of them elsewhere.
+        sum_over_processes(tensors), of `parallel`: in place. Every hook is called on all processes
+            and must answer the same; only `inputs` and `loss` see a process's part of the rows.
         self.finished_models: what `prerequisites` asked for.
     """
 
@@ -150,11 +153,13 @@ class Method:
 
     def layers(self):
         """Which layers does the model have now? A list of indices; asked before the first update,
-        and in each after `begin_update`."""
+        and in each after `begin_update`. The others hold their initial weights."""
         return list(range(len(self.model.layers)))
 
     def next_batch(self):
-        """Which rows are trained on? An array of stream positions, at least one a process."""
+        """Which rows are trained on? An array of stream positions, `--batch` of them or another
+        number, at least one a process. (A number that comes later is compiled when it comes, and
+        that is charged: with --compile let it take few values.)"""
         return self.corpus.draw(self.config.batch)
 
     def groups(self, positions):
@@ -163,14 +168,16 @@ class Method:
         return [(positions, self.model.present_layers)]
 
     def inputs(self, positions, stream=TRAINING_STREAM):
-        """What does the model read of these rows? A batch, of one shape in all of an update."""
+        """What does the model read of these rows? A batch, of one shape in all of an update. (The
+        shapes that it has at any time of the budget are compiled before the run.)"""
         return self.corpus.batch(positions, stream)
 
     def loss(self, batch, layers):
         """The mean loss of a micro-batch. It counts by its share of the update's rows, so every row
-        of an update must have the same weight in it. (`groups`, `inputs` and `loss` are also called
-        before the first `begin_update`, to warm up; a method that counts in them starts from 0
-        there.)"""
+        of an update must have the same weight in it. The log has this loss; validation,
+        `row_losses` and Sophia's Hessian passes have the model's own. (`groups`, `inputs` and
+        `loss` are also called before the first `begin_update`, to warm up; a method that counts in
+        them starts from 0 there.)"""
         return self.model.loss(batch, layers)
 
     def before_step(self, gradient_norm):
