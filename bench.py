@@ -38,7 +38,8 @@ import model as models
 import train
 from data.corpus import OBJECTIVES
 from data.prepare import SENTINELS
-from errors import Parser, UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error
+from flags import Parser
 from methods.baseline import Method
 from methods.sophia import ROWS_SHARE
 from optimizers import hidden_matrices

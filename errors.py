@@ -1,7 +1,7 @@
 """How the project's commands speak of a user's mistake: one message, no traceback, exit status
 2."""
 
-import argparse
+import contextlib
 import errno
 import functools
 import os
@@ -27,16 +27,17 @@ class UserError(Exception):
     to do."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are UserErrors; it shows a docstring as it is written."""
-
-    def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists what there is")
+@contextlib.contextmanager
+def explains_out_of_memory(message):
+    """Makes a UserError with the message of what says that memory is not enough: an exception of
+    Python's, or one of torch's several."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("not enough memory", "allocate memory", "out of memory")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        raise UserError(f"out of memory {message}") from None
 
 
 def exits_on_user_error(main):

@@ -39,10 +39,12 @@ from data.prepare import (
     corpus_folder,
     load_tokenizer,
 )
-from errors import Parser, UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error, explains_out_of_memory
+from flags import Parser
+from parallel import print0
 from runs import ROOT, git_commit, locked, read_record, relative_path, write_json
-from train import DTYPES, SEEDS, check_device, explains_out_of_memory, say
 
+SEEDS = 2**32  # torch and NumPy take no more
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
 ROWS_AT_ONCE = 16  # in evaluation; changes speed and memory only
@@ -458,7 +460,7 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     suite, folder, device = tasks.find(options.suite), Path(options.run), options.device
-    check_device(device)
+    rst.check_device(device)
     if options.threads < 0:
         raise UserError(f"--threads={options.threads}: expected at least 0")
     recipe = recipe_of(suite, vars(options))
@@ -496,11 +498,11 @@ def main(arguments=None):
             "tokens"
         )
     del model
-    say(
+    print0(
         f"{relative_path(folder)}{', untrained,' if options.untrained else ''} on "
         f"{', '.join(chosen)} of {options.suite}; results in {relative_path(out)}"
     )
-    say(
+    print0(
         f"  recipe   lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup_share:g}, batch "
         f"{recipe.batch}, {recipe.epochs} epochs, "
         f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, {recipe.dtype}, seeds "
@@ -520,11 +522,11 @@ def main(arguments=None):
                         )
                     data = data_checksum(training, evaluated, suite, out, name, data_dir)
                 if is_kept:
-                    say(f"  {label}: kept")
+                    print0(f"  {label}: kept")
                     continue
                 out.mkdir(parents=True, exist_ok=True)
                 model, tokenizer = load_run(folder, "cpu", recipe.dropout, options.untrained, seed)
-                model.autocast_dtype = DTYPES[recipe.dtype]
+                model.autocast_dtype = models.DTYPES[recipe.dtype]
                 torch.manual_seed(seed)  # of the classifier
                 learner = KINDS[kind](model, tokenizer, suite.TASKS[name], recipe)
                 with explains_out_of_memory(
@@ -567,18 +569,18 @@ def main(arguments=None):
                     f"{metric} {100 * score:.1f} (best epoch {100 * best[metric]:.1f})"
                     for metric, score in last.items()
                 )
-                say(f"  {label}: {', '.join(shown_scores)} in {seconds:.0f} s")
+                print0(f"  {label}: {', '.join(shown_scores)} in {seconds:.0f} s")
     except KeyboardInterrupt:
-        say("stopped; what is finished is kept, and the same command goes on with the rest")
+        print0("stopped; what is finished is kept, and the same command goes on with the rest")
         raise
-    say("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
+    print0("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
     results, problems = tasks.results(out)
     for name, metrics in tasks.summary(results, suite).items():
         for metric, kinds in metrics.items():
             cells = [tasks.percent(kinds[part].values(), "seed") for part in ("last", "best")]
-            say(f"| {name} | {metric} | {' | '.join(cells)} |")
+            print0(f"| {name} | {metric} | {' | '.join(cells)} |")
     for problem in problems:
-        say(problem)
+        print0(problem)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ SIZES = {
 
 # -- Shared layers ---------------------------------------------------------------------------------
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+
 
 class Attention(nn.Module):
     """Multi-head attention without biases: softmax(q k^T * scale + bias) v.

@@ -3,9 +3,12 @@
 With one process everything here is the identity.
 """
 
+import sys
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from errors import UserError
 
@@ -20,6 +23,13 @@ def process():
 
 def is_main():
     return process() == 0
+
+
+def print0(*text):
+    """Prints on the main process, without breaking its progress bar."""
+    if is_main():
+        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def micro_batches(groups, micro_batch):

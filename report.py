@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from errors import Parser, UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error
+from flags import Parser
 
 MISSING = "–"
 # Settings that runs must agree in to be compared at all; with the budget, the reference and the

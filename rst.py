@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 import torch
 import torch.nn.functional as F
 
-from errors import Parser, UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error
+from flags import Parser
 from parallel import gather, max_over_processes
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
@@ -223,6 +225,18 @@ def prepare_machine(threads=0):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def check_device(device):
+    """Refuses a device that is none, or is not here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
+    gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
+        smaller = " or a smaller number" if gpus else ""
+        raise UserError(
+            f"--device={device}: torch sees {gpus} GPU(s) here; say --device=cpu{smaller}"
+        )
 
 
 def synchronise(device):

@@ -16,7 +16,8 @@ import subprocess
 import sys
 
 import train
-from errors import Parser, UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error
+from flags import Parser
 from runs import ROOT, read_record, relative_path
 
 AXES = {"model": "models", "method": "methods", "budget_hours": "budgets", "seed": "seeds"}

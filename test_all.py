@@ -3285,7 +3285,7 @@ def test_token_dropping_of_t5_is_random_ltd(started):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--budgt_hours=1"], "unknown flag --budgt_hours, did you mean --budget_hours"),
+        (["--budgt_hours=1"], "unknown flag --budgt_hours; did you mean --budget_hours"),
         (["--method=nothing"], "no method 'nothing'; there are baseline"),
         (["--size=huge"], "invalid choice: 'huge'"),
         (["--lr=fast"], "invalid float value: 'fast'"),

@@ -16,12 +16,10 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -49,13 +47,15 @@ from tqdm import tqdm
 import methods
 import model as models
 from data.corpus import Corpus
-from data.prepare import TINY_VOCABULARY, boolean, corpus_folder
-from errors import Parser, UserError, exits_on_user_error
-from methods.baseline import SCHEDULES, Option
+from data.prepare import TINY_VOCABULARY, corpus_folder
+from errors import UserError, exits_on_user_error, explains_out_of_memory
+from flags import Option, Parser
+from methods.baseline import SCHEDULES
 from parallel import (
     is_main,
     max_over_processes,
     micro_batches,
+    print0,
     process,
     processes,
     sum_over_processes,
@@ -74,13 +74,13 @@ from runs import (
 
 WEEK_HOURS = 7 * 24
 SEEDS = 2**32  # how many there are: no library refuses one of these
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def setting(default, help, choices=(), minimum=-math.inf, maximum=math.inf, group=None):
+def setting(default, help, choices=(), group=None, **limits):
     """A flag of every run. `group`: the heading in --help of this flag and those that follow."""
-    option = Option(default, help, choices, minimum, maximum)
-    return dataclasses.field(default=default, metadata={"option": option, "group": group})
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, group=group, limits=limits)
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Config:
     device: str = setting(
         None, "cpu, cuda, cuda:1 (cuda if there is one)", group="how it runs (may change on resume)"
     )
-    dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(DTYPES))
+    dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
     compile: bool = setting(False, "compile the layers one by one, and our own optimizers")
     micro_batch: int = setting(
         None, "rows a forward pass, for speed and memory (8; GPU: bert 128, t5 72)", minimum=1
@@ -176,7 +176,17 @@ CHECKPOINT = "config corpus model optimizer scaler method clock stream state".sp
 # -- Flags -----------------------------------------------------------------------------------------
 
 
-COMMON = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+FIELDS = [field for field in dataclasses.fields(Config) if field.metadata]
+COMMON = {
+    field.name: Option(
+        field.default,
+        field.metadata["help"],
+        field.metadata["choices"],
+        **field.metadata["limits"],
+        kind=field.type,
+    )
+    for field in FIELDS
+}
 
 
 def parse(arguments):
@@ -201,42 +211,18 @@ def parse(arguments):
         epilog=f"methods: {', '.join(methods.names())}; combine them with +",
     )
     parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
-    for name, field in COMMON.items():
+    for field in FIELDS:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        add_flag(group, name, field.type, field.metadata["option"])
+        parser.add(field.name, COMMON[field.name], group)
     group = parser.add_argument_group(f"options of --method={method}")
     for name, option in options.items():
-        add_flag(group, name, type(option.default), option)
-
-    typed, unknown = parser.parse_known_args(arguments)
-    for argument in unknown:
-        flag = argument.partition("=")[0]
-        if not flag.startswith("-"):
-            raise UserError(f"{flag!r} is not a flag; flags are written --name=value")
-        flags = [f"--{name}" for name in (*COMMON, "resume", *options)]
-        close = difflib.get_close_matches(flag, flags, n=1)
-        hint = f", did you mean {close[0]}?" if close else f"; flags: {' '.join(flags)}"
-        raise UserError(f"unknown flag {flag}{hint}")
-    typed = vars(typed)
+        parser.add(name, option, group)
+    typed = vars(parser.parse_args(arguments))
     resume = typed.pop("resume", None)
     if of_the_method := {name: typed.pop(name) for name in list(typed) if name in options}:
         typed["options"] = of_the_method
     return typed, resume
-
-
-def add_flag(group, name, kind, option):
-    """One flag, and what --help says of it: its meaning, its default, its limits."""
-    default = str(option.default).lower() if kind is bool else str(option.default)
-    notes = [default] * (option.default not in (None, ""))
-    notes += [option.limits] * math.isfinite(option.maximum)
-    shown = option.help + f" ({'; '.join(notes)})" * bool(notes)
-    metavar = f"{{{','.join(option.choices)}}}" if option.choices else kind.__name__.upper()
-    if kind is bool:
-        extra = dict(type=boolean, nargs="?", const=True)  # --reprobe is --reprobe=true
-    else:
-        extra = dict(type=kind, choices=option.choices or None)
-    group.add_argument(f"--{name}", help=shown.replace("%", "%%"), metavar=metavar, **extra)
 
 
 def resolve(typed):
@@ -275,44 +261,12 @@ def resolve(typed):
 def check(config):
     """Refuses values that no run can have, and a device that is not here: of a new run and of a
     resumed one."""
-    options = {name: field.metadata["option"] for name, field in COMMON.items()}
-    options |= methods.find(config.method).options
+    options = COMMON | methods.find(config.method).options
     for name, value in (dataclasses.asdict(config) | config.options).items():
-        if isinstance(value, (int, float)):
-            option = options[name]
-            if not option.minimum <= value <= option.maximum or abs(value) == math.inf:
-                raise UserError(f"--{name}={value}: expected a number {option.limits}")
-        if value == "" and name in COMMON:
-            raise UserError(f"--{name}=: it is empty")
-    check_device(config.device)
+        if name in options:
+            options[name].check(name, value)
+    rst.check_device(config.device)
     rst.find_reference(config.reference)
-
-
-@contextlib.contextmanager
-def explains_out_of_memory(message):
-    """Makes a UserError with the message of what says that memory is not enough: an exception of
-    Python's, or one of torch's several."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-            words in str(error)
-            for words in ("not enough memory", "allocate memory", "out of memory")
-        ):
-            raise UserError(f"out of memory {message}") from None
-        raise
-
-
-def check_device(device):
-    """Refuses a device that is none, or is not here."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
-    gpus = torch.cuda.device_count()
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
-        raise UserError(
-            f"--device={device}: torch sees {gpus} GPU(s) here; say --device=cpu"
-            + (" or a smaller number" if gpus else "")
-        )
 
 
 def identity(config):
@@ -387,12 +341,6 @@ def config_of(folder, typed=None):
 
 
 # -- Processes -------------------------------------------------------------------------------------
-
-
-def say(*text):
-    if is_main():
-        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
-        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -518,7 +466,7 @@ def open_corpus(config):
                 f"{' '.join(arguments)}"
             )
         if is_main():
-            say(
+            print0(
                 "preparing pydocs, the documentation strings of what is installed (once, about a "
                 "minute)"
             )
@@ -546,21 +494,23 @@ def print_plan(config, folder):
         if config.budget_steps
         else f"{config.budget_hours:g} hours of reference {config.reference}"
     )
-    say(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
+    print0(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
     schedule = methods.find(config.method).owner["schedule"] or config.schedule
-    say(
+    print0(
         f"  recipe   batch {config.batch}, lr {config.lr:g}, {schedule}, betas ({config.beta1:g}, "
         f"{config.beta2:g}), "
         f"{'RMS scaling, ' if config.rms_scaling else ''}"
         f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}"
     )
     if config.options:
-        say("  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items()))
-    say(
+        print0(
+            "  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items())
+        )
+    print0(
         f"  device   {rst.device_name(config.device)}, {processes()} process(es), {config.dtype}, "
         f"micro-batch {config.micro_batch}" + (", compiled" if config.compile else "")
     )
-    say(f"  folder   {relative_path(folder)}")
+    print0(f"  folder   {relative_path(folder)}")
 
 
 def train(config, folder, resume=False):
@@ -620,7 +570,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
             )
     model.present_layers = method.layers()
     entropy = corpus.unigram_entropy()
-    say(
+    print0(
         f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; "
         f"unigram entropy {entropy:.4f} nats"
     )
@@ -743,7 +693,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                     lr=config.lr * method.schedule(clock.progress),
                     spent_seconds=clock.spent_seconds,
                 )
-                say(
+                print0(
                     f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss "
                     f"{state.validation_loss:.4f}"
                 )
@@ -754,7 +704,7 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
             if stop_signal and clock.progress < 1:
                 bar.close()
-                say(
+                print0(
                     f"stopped after update {clock.updates}; go on with: python train.py "
                     f"--resume={relative_path(folder)}"
                 )
@@ -802,19 +752,19 @@ def run(config, folder, resume, log, combination, finished_models, finished_runs
     if is_main():
         write_json(folder / "result.json", result)
     wait_for_all()  # whoever needs the finished run next finds it whole
-    say(
+    print0(
         f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, "
         f"{state.rows:,} rows; "
         f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})"
     )
     stalls = f" ({clock.stalls} stalls: {clock.stall_seconds:.3g} s)" if clock.stalls else ""
-    say(
+    print0(
         f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free "
         f"{clock.free_seconds:.4g} s, "
         f"wall {state.wall_seconds:.0f} s; in {relative_path(folder)}"
     )
     if result["layers"] < len(model.layers):
-        say(
+        print0(
             f"note: the model has {result['layers']} of its {len(model.layers)} layers; "
             f"the budget ended before --method={config.method} used them all"
         )
@@ -849,7 +799,7 @@ def refuse_not_finite(loss, gradient_norm, clock, config, folder):
 
 def configure(model, config):
     """Sets how a model computes in this run: the precision, and whether layers are compiled."""
-    model.autocast_dtype = DTYPES[config.dtype]
+    model.autocast_dtype = models.DTYPES[config.dtype]
     if config.compile:
         model.compile_layers()
     return model
@@ -877,7 +827,7 @@ def refuse_long(config, seconds, how):
         if hours < 48
         else f"{hours / 24:.1f} days"
     )
-    say(f"  time     about {length} here ({how}), plus what is not charged")
+    print0(f"  time     about {length} here ({how}), plus what is not charged")
     if hours > WEEK_HOURS and not config.yes:
         raise UserError(
             f"this plan takes about {hours / 24:.0f} days on this machine; add --yes to start it, "
@@ -889,7 +839,7 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
     """Puts everything back as it was after the checkpoint's update."""
     path = folder / "checkpoint.pt"
     if not path.exists():
-        say("  resumed from the start: the run was stopped before its first checkpoint")
+        print0("  resumed from the start: the run was stopped before its first checkpoint")
         return
     stored = read_tensors(path, CHECKPOINT, config.device)
     theirs, ours = stored["config"], identity(config)
@@ -918,7 +868,7 @@ def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, cor
         raise UserError(
             f"{log} is shorter than at the checkpoint's update {clock.updates}; it was changed"
         )
-    say(f"  resumed after update {clock.updates}")
+    print0(f"  resumed after update {clock.updates}")
 
 
 def holds_run(folder, config):
@@ -949,16 +899,16 @@ def finish(name, config):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
     folder, state = find_run(config)
     if state == "finished":
-        say(f"{name}: reusing {relative_path(folder)}")
+        print0(f"{name}: reusing {relative_path(folder)}")
         return folder
-    say(
+    print0(
         f"{name}: {'resuming' if state == 'interrupted' else 'training'} {relative_path(folder)} "
         "first; it is not charged to the run that needs it"
     )
     try:
         train(config, folder, resume=state == "interrupted")
     except SystemExit:
-        say(f"that was the {name}; the command that you gave goes on with it, too")
+        print0(f"that was the {name}; the command that you gave goes on with it, too")
         raise
     return folder
 

@@ -16,7 +16,6 @@ Two passes: one samples documents and trains the tokenizer, one encodes them all
 Memory does not grow with the corpus: a bounded number of blocks of lines is in flight.
 """
 
-import argparse
 import ast
 import base64
 import collections
@@ -54,7 +53,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from errors import Parser, UserError, exits_on_user_error  # noqa: E402
+from errors import UserError, exits_on_user_error  # noqa: E402
+from flags import Parser, boolean  # noqa: E402
 from runs import locked  # noqa: E402
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
@@ -757,12 +757,6 @@ def prepare(
             folder.parent.rmdir()
     print(f"prepared {folder}")
     return folder
-
-
-def boolean(text):
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return text.lower() in ("true", "1")
 
 
 @exits_on_user_error

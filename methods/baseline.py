@@ -22,31 +22,9 @@ import torch
 
 from data.corpus import SECOND_STREAM, TRAINING_STREAM  # noqa: F401 (methods use it)
 from errors import UserError
+from flags import Option
 from optimizers import AdamWScale, parameter_groups
 from parallel import gather, micro_batches, processes, sum_over_processes
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """A flag of a method's own.
-
-    Its default (a bool, int, float or string) decides what the flag takes: 1.0, not 1, for a number
-    that may be 0.5. Values are one of `choices`, or from `minimum` to `maximum`, both included.
-    """
-
-    default: object
-    help: str
-    choices: tuple = ()
-    minimum: float = -math.inf
-    maximum: float = math.inf
-
-    @property
-    def limits(self):
-        """What a number may be, in words."""
-        if math.isfinite(self.maximum):
-            return f"from {self.minimum} to {self.maximum}"
-        return f"of at least {self.minimum}" if math.isfinite(self.minimum) else ""
-
 
 # What a method declares if it has forward or backward passes that train nothing.
 FREE_EXTRA_PASSES = {
