@@ -362,7 +362,7 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=12):
         }
         for method, config in configs.items():
             for name, prerequisite in methods.find(method).prerequisites(config).items():
-                train.finish(name, prerequisite)
+                train.ensure_run(name, prerequisite)
         torch.set_num_threads(half)  # as the runs
         try:
             constant, per_layer = cost_of_layers(configs["baseline"], batch)

@@ -42,7 +42,7 @@ from data.prepare import (
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Parser
 from parallel import print0
-from runs import ROOT, git_commit, locked, read_record, relative_path, write_json
+from runs import CONFIG, ROOT, git_commit, is_a, locked, read_record, relative_path, write_json
 
 SEEDS = 2**32  # torch and NumPy take no more
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
@@ -207,14 +207,14 @@ def tokenizer_of(folder):
     still the same one."""
     if any((folder / kind.file_name).exists() for kind in TOKENIZERS.values()):
         return load_tokenizer(folder)
-    result = read_record(folder / "result.json")
-    config = result["config"]
+    stored = read_record(folder / "config.json", CONFIG)
+    config = stored["config"]
     corpus = Path(config["data"])
     if not (corpus / "meta.json").exists():
         corpus = corpus_folder(config["data"], config["model"], config["vocabulary"])
     if (
         not (corpus / "meta.json").exists()
-        or read_record(corpus / "meta.json")["checksum"] != result["corpus"]
+        or read_record(corpus / "meta.json")["checksum"] != stored["corpus"]
     ):
         raise UserError(
             f"{folder} has no tokenizer in it, and {relative_path(corpus)} is not (or no longer) "
@@ -407,7 +407,7 @@ def kind_of(folder):
     config = read_record(folder / "config.json")
     if config.get("model_type") == "t5":
         return "t5"
-    kind = config.get("model")
+    kind = config["config"].get("model") if is_a(config.get("config"), dict) else None
     if kind not in KINDS:
         raise UserError(
             f"{folder}/config.json is neither one of a run nor one of transformers with a T5"

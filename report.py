@@ -27,6 +27,7 @@ from pathlib import Path
 import tasks
 from errors import UserError, exits_on_user_error
 from flags import Parser
+from runs import CONFIG, check_record, read_log, read_record, status
 
 MISSING = "–"
 # Settings that runs must agree in to be compared at all; with the budget, the reference and the
@@ -58,7 +59,16 @@ NOT_A_SETTING = {
     *COMPARED,
     *BUDGET,
 }
+COMPARED_TYPES = dict.fromkeys(COMPARED, (str, int, float)) | {
+    "budget_hours": (float, None),
+    "budget_steps": (int, None),
+    "reference": str,
+    "seed": int,
+    "method": str,
+    "options": dict,
+}
 NUMBERS = ("validation_loss", "updates", "rows", "charged_seconds", "free_seconds", "wall_seconds")
+RESULT = dict.fromkeys(NUMBERS, float) | {"config": dict}
 
 
 class Score(typing.NamedTuple):
@@ -133,45 +143,27 @@ def read_scores(folder):
 
 def read(folder):
     """A run folder, whatever its state: a `Run`."""
-    config, result, (scores, problems) = {}, {}, read_scores(folder)
+    scores, problems = read_scores(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        for name in (*COMPARED, *BUDGET, "reference", "seed", "method"):
-            config[name]
-        config["options"] = dict(config["options"] or {})
-        if not isinstance(config["budget_steps"] or config["budget_hours"], (int, float)):
-            raise ValueError("no budget in it")
-    except KeyError as error:
-        return Run(
-            folder, {}, {}, [], scores, [f"damaged: config.json (no {error} in it)", *problems]
-        )
-    except (OSError, ValueError, TypeError) as error:
-        return Run(folder, {}, {}, [], scores, [f"damaged: config.json ({error})", *problems])
-    try:
-        result = json.loads((folder / "result.json").read_text())
-        if wrong := [
-            name
-            for name in NUMBERS
-            if not isinstance(result[name], (int, float)) or not math.isfinite(result[name])
-        ]:
-            raise ValueError(f"{wrong[0]} is {result[wrong[0]]}")
-        result["corpus"], result["reference"]["probe_seconds"]
-        ended_with = dict(result.get("config", config))
-        if changed := [
-            name
-            for name in sorted(ended_with.keys() - NOT_A_SETTING)
-            if ended_with[name] != config.get(name)
-        ]:
-            problems.append(
-                f"resumed with another {changed[0]}, {config.get(changed[0])} and then "
-                f"{ended_with[changed[0]]}; it stands where it began"
-            )
-    except FileNotFoundError:
+        stored = read_record(folder / "config.json", CONFIG | {"config": COMPARED_TYPES})
+    except UserError as error:
+        return Run(folder, {}, {}, [], scores, [str(error), *problems])
+    config, result = stored["config"], {}
+    if status(folder) == "finished":
+        try:
+            result = read_record(folder / "result.json", RESULT)
+        except UserError as error:
+            problems = [str(error), *problems]
+    else:
         problems.append("unfinished")
-    except KeyError as error:
-        result, problems = {}, [f"damaged: result.json (no {error} in it)", *problems]
-    except (OSError, ValueError, TypeError) as error:
-        result, problems = {}, [f"damaged: result.json ({error})", *problems]
+    ended_with = result.get("config", config)
+    for name in sorted(ended_with.keys() - NOT_A_SETTING):
+        if ended_with[name] != config.get(name):
+            problems.append(
+                f"resumed with another {name}, {config.get(name)} and then {ended_with[name]}; it "
+                "stands where it began"
+            )
+    result = result and result | {name: stored[name] for name in ("corpus", "reference")}
     validations, damage = read_validations(folder, config)
     return Run(folder, config, result, validations, scores, problems + [damage] * bool(damage))
 
@@ -179,19 +171,18 @@ def read(folder):
 def read_validations(folder, config):
     """([budget spent, validation loss] of a run's log as far as it can be read, the budget in
     hours, or in updates; what is wrong with the rest)."""
-    points = []
+    points, kinds = [], {"validation_loss": float, "update": int, "spent_seconds": float}
+    path = folder / "log.jsonl"
     try:
-        text = (folder / "log.jsonl").read_text()
-        for line in text.splitlines():
-            if '"validation_loss"' in line:
-                record = json.loads(line)
-                spent = (
-                    record["update"] if config["budget_steps"] else record["spent_seconds"] / 3600
-                )
+        for record in read_log(folder):
+            if "validation_loss" in record:
+                check_record(record, kinds, path)
+                hours = record["spent_seconds"] / 3600
+                spent = record["update"] if config["budget_steps"] else hours
                 points.append([float(spent), float(record["validation_loss"])])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return points, f"damaged: log.jsonl ({error}); the curve ends there"
-    return points, "" if text.endswith("\n") else "damaged: log.jsonl (its last line is cut)"
+    except UserError as error:
+        return points, f"{error}; the curve ends there"
+    return points, ""
 
 
 def find_runs(paths):

@@ -428,7 +428,7 @@ def device_name(device):
             name = next(
                 line.partition(":")[2].strip() for line in file if line.startswith("model name")
             )
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 @exits_on_user_error
@@ -459,8 +459,8 @@ def main(arguments=None):
         references[options.reference] = find_reference(options.reference)
     dtype = fastest_dtype(options.device)
     print(
-        f"{device_name(options.device)}, torch {torch.__version__}, "
-        f"{str(dtype).removeprefix('torch.')}"
+        f"{device_name(options.device)}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, {str(dtype).removeprefix('torch.')}"
     )
     measured = {}
     for name in PROBES:
@@ -484,7 +484,8 @@ def main(arguments=None):
         reference = Reference(
             options.save,
             measured,
-            f"{device_name(options.device)}, torch {torch.__version__}, {dtype}",
+            f"{device_name(options.device)}, {torch.get_num_threads()} threads, torch "
+            f"{torch.__version__}, {dtype}",
         )
         with open(options.save, "w") as file:
             json.dump(dataclasses.asdict(reference), file, indent=1)

@@ -1,13 +1,22 @@
-"""Files of the project: written whole, read with checks, and kept from two processes at once.
+"""Run folders, and how files are written and read.
 
-    write_json, write_tensors    the old file stands until the new one is complete
-    read_record, read_tensors    what is missing, damaged or of another kind is named with its file
-    locked                       one process at a time in a folder
+    config.json      what was decided before the run, and its id
+    log.jsonl        a line for each update and each validation
+    checkpoint.pt    all that a resumed run needs
+    model.pt         the weights at the end, and beside them the tokenizer
+    result.json      written last: a run that has it is finished
 
-A run, a corpus and a reference are files; these are the only ways to write and read them.
+A run's id is a hash of what decides its result: its settings, the checksum of its corpus, and what
+an hour is worth on its reference. Its folder's name ends in the id, so a run is found again by what
+it is, wherever the repository, the corpus or the reference were moved.
+
+Files are written whole (the old one stands until the new one is complete) and read with checks
+(what is missing, damaged or of another kind is named with its file); one process at a time works in
+a folder. Nothing else in the project does these things by itself.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -19,6 +28,40 @@ from pathlib import Path
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
+# `config`: the settings that it was started with; `corpus`: the checksum of its corpus.
+CONFIG = {"id": str, "config": dict, "corpus": str, "reference": dict}
+
+
+# -- Runs ------------------------------------------------------------------------------------------
+
+
+def identify(*deciding):
+    """The id of what these decide (anything that JSON can hold): eight hexadecimal digits."""
+    text = json.dumps(deciding, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def find(name, run_id):
+    """The folder of the run with this id in runs/; if there is none, where it will be."""
+    for folder in sorted((ROOT / "runs").glob(f"*-{run_id}")):
+        return folder
+    return ROOT / "runs" / f"{name}-{run_id}"
+
+
+def status(folder):
+    """ "new", "interrupted" or "finished"."""
+    if (folder / "result.json").exists():
+        return "finished"
+    return "interrupted" if (folder / "config.json").exists() else "new"
+
+
+def read_log(folder):
+    """The lines of a run's log so far, as dictionaries."""
+    path = folder / "log.jsonl"
+    for number, line in enumerate(read_text(path).splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            raise UserError(f"{path} is damaged: its last line, {number}, is cut short")
+        yield parsed(line, f"{path}, line {number}")
 
 
 def relative_path(path):
@@ -29,12 +72,10 @@ def relative_path(path):
 
 def git_commit():
     """The commit that this code is, or None."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # there is no git here
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() or None
-    except OSError:
-        return None
 
 
 # -- Writing ---------------------------------------------------------------------------------------
@@ -77,25 +118,46 @@ def write_tensors(path, stored):
 
 
 def read_record(path, expected=None):
-    """The JSON object in a file; `expected` are keys that it must have, {key: type}, or {key: a
-    tuple of types}. A float may be written as a whole number, and is finite. Raises UserError with
-    the file, the key, and what was found."""
+    """The JSON object in a file. `expected`: its keys and their types, see `check_record`. Raises
+    UserError with the file, the key, and what was found."""
+    record = parsed(read_text(path), path)
+    check_record(record, expected or {}, path)
+    return record
+
+
+def read_text(path):
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error or 'not JSON'}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def parsed(text, path):
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged: a {type(record).__name__}, expected an object")
-    for key, kinds in (expected or {}).items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    return record
+
+
+def check_record(record, expected, path):
+    """Raises UserError unless an object has the keys of `expected`, {key: type}, {key: a tuple of
+    types, None for null}, or {key: the same of an object in it}. A float may be written as a whole
+    number, and is finite."""
+    for key, kinds in expected.items():
         if key not in record:
             raise UserError(f"{path}: there is no {key} in it")
+        within = kinds if isinstance(kinds, dict) else {}
+        kinds = dict if isinstance(kinds, dict) else kinds
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if not any(is_a(record[key], kind) for kind in kinds):
             names = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
             raise UserError(f"{path}: {key} is {record[key]!r}, expected {names}")
-    return record
+        check_record(record[key], within, f"{path}, {key}")
 
 
 def is_a(value, kind):
@@ -140,7 +202,8 @@ def read_tensors(path, expected, device="cpu"):
 @contextlib.contextmanager
 def locked(folder, wait):
     """Keeps other processes that lock the same folder out of this block: they wait, or are refused.
-    (Where the system or the file system has no such locks they are not.)"""
+    A folder that is still empty at its end is removed. (Where the system or the file system has no
+    such locks they are not kept out.)"""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
@@ -156,4 +219,8 @@ def locked(folder, wait):
                     raise UserError(f"{place}: another process is at work on this run") from None
                 print(f"waiting for another process at work on {place}")
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import methods
 import model as models
-from data.corpus import Corpus
+from data.corpus import Corpus, load_meta
 from data.prepare import TINY_VOCABULARY, corpus_folder
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
@@ -62,17 +62,21 @@ from parallel import (
     wait_for_all,
 )
 from runs import (
+    CONFIG,
     ROOT,
+    find,
     git_commit,
+    identify,
     locked,
     read_record,
     read_tensors,
     relative_path,
+    status,
     write_json,
     write_tensors,
 )
 
-WEEK_HOURS = 7 * 24
+WEEK_MINUTES = 7 * 24 * 60
 SEEDS = 2**32  # how many there are: no library refuses one of these
 
 
@@ -152,9 +156,11 @@ class Config:
     options: dict = None  # the method's own
 
 
-MAY_CHANGE_ON_RESUME = {"device", "dtype", "compile", "micro_batch", "threads"}
-MAY_CHANGE_ON_RESUME |= {"checkpoint_minutes", "out", "yes"}
-DECIDES_WHAT_AN_HOUR_BUYS = {"dtype", "compile", "micro_batch"}  # of these
+# These do not decide the result. (Of the corpus and of the reference the contents do.)
+NOT_IN_ID = {"data", "reference", "device", "micro_batch", "threads"}
+NOT_IN_ID |= {"checkpoint_minutes", "out", "yes"}
+# The last two do, but a run may move to a machine that has others.
+MAY_CHANGE_ON_RESUME = NOT_IN_ID - {"reference"} | {"dtype", "compile"}
 
 # What `resolve` puts where nothing was typed, beside the methods' recipes.
 SIZE_DEFAULTS = {
@@ -170,7 +176,6 @@ SIZE_DEFAULTS = {
     },
 }
 MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
-CHECKPOINT = "config corpus model optimizer scaler method clock stream state".split()  # its parts
 
 
 # -- Flags -----------------------------------------------------------------------------------------
@@ -196,8 +201,9 @@ def parse(arguments):
     first.add_argument("--resume")
     known, _ = first.parse_known_args(arguments)
     method = known.method
-    if known.resume and (Path(known.resume) / "config.json").exists():
-        method = read_record(Path(known.resume) / "config.json", {"method": str})["method"]
+    if known.resume:
+        path = Path(known.resume) / "config.json"
+        method = read_record(path, {"config": {"method": str}})["config"]["method"]
     options = methods.find(method).options
     if taken := sorted(options.keys() & COMMON):
         raise UserError(
@@ -269,138 +275,556 @@ def check(config):
     rst.find_reference(config.reference)
 
 
-def identity(config):
-    """The settings that decide a run's result: two runs that agree in them are the same run."""
-    return {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in MAY_CHANGE_ON_RESUME
-    }
+# -- A run before it runs --------------------------------------------------------------------------
 
 
-# -- Run folders -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and where. The folder's name ends in the id, a hash of what decides the
+    result."""
+
+    config: Config
+    started: Config  # as `config`, in the precision that the run was started with
+    reference: rst.Reference
+    corpus_folder: Path
+    checksum: str  # of the corpus
+    folder: Path
+    id: str
+
+
+def plan(config, reference=None, folder=None, stored=None):
+    """The `Plan` of a configuration.
+
+    Args:
+        reference: its record, where the flag's file may have moved.
+        folder, stored: of a run that is resumed, and its config.json.
+    """
+    reference = reference or rst.find_reference(config.reference)
+    if not reference.probe_seconds:
+        here = f"{rst.device_name(config.device)}, --threads={config.threads}"
+        reference = dataclasses.replace(reference, provenance=f"plain time of {here}")
+    started = config
+    if stored:
+        before = {name: stored["config"][name] for name in ("dtype", "compile")}
+        started = dataclasses.replace(config, **before)
+    corpus_folder, checksum = find_corpus(config, stored and stored["corpus"])
+    settings = dataclasses.asdict(started)
+    deciding = {name: settings[name] for name in settings.keys() - NOT_IN_ID}
+    hour = None if config.budget_steps else reference.probe_seconds or reference.provenance
+    run_id = identify(deciding, checksum, hour)
+    if not folder:
+        folder = Path(config.out) if config.out else find(plan_name(config), run_id)
+    if status(folder) != "new":
+        found = read_record(folder / "config.json", CONFIG)["id"]
+        if found != run_id:
+            raise UserError(
+                f"{relative_path(folder)} holds the run {found}, and this is {run_id}: choose "
+                "another --out, or, if it is resumed, undo what was changed in its config.json"
+            )
+    return Plan(config, started, reference, corpus_folder, checksum, folder, run_id)
 
 
 def plan_name(config):
-    """The default name of a run's folder: its plan, without what may change on resume."""
-    budget = (
-        f"{config.budget_steps}steps"
-        if config.budget_steps
-        else f"{config.budget_hours:g}h-{Path(config.reference).stem}"
-    )
+    """What a person reads in a folder's name, before the id."""
+    budget = f"{config.budget_steps}steps"
+    if config.budget_hours:
+        budget = f"{config.budget_hours:g}h-{Path(config.reference).stem}"
     parts = [config.model, config.size, config.method, Path(config.data).name, budget]
     if config.train_on != "training":
         parts.append(config.train_on)
     return "-".join([*parts, f"seed{config.seed}"])
 
 
-def new_folder(config):
-    """The folder of a new run; never one that holds another."""
-    folder = Path(config.out) if config.out else ROOT / "runs" / plan_name(config)
-    if config.out:
-        if (folder / "result.json").exists():
-            raise UserError(f"--out={folder} holds a finished run; choose another folder")
-        if (folder / "config.json").exists():
+def resumed(folder, typed):
+    """(configuration, config.json) of a run that exists: as it was started, but for the flags that
+    may change."""
+    types = {name: (option.kind, None) for name, option in COMMON.items()} | {"options": dict}
+    stored = read_record(folder / "config.json", CONFIG | {"config": types})
+    config = Config(**{name: stored["config"][name] for name in types})
+    started = dataclasses.asdict(config) | config.options
+    for name, value in (typed | typed.get("options", {})).items():
+        if name not in {"options", *MAY_CHANGE_ON_RESUME} and started.get(name) != value:
             raise UserError(
-                f"--out={folder} holds an interrupted run; go on with: python train.py "
-                f"--resume={folder}"
+                f"--{name}={value}: this run was started with {started.get(name)}, which decides "
+                "its result; start a new run"
             )
-        return folder
-    number, candidate = 1, folder
-    while (candidate / "config.json").exists():
-        if not (candidate / "result.json").exists() and is_main():
-            print(
-                f"note: an unfinished run of this plan is in {relative_path(candidate)} "
-                f"(--resume={relative_path(candidate)} goes on with it)"
-            )
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+    changes = {name: typed[name] for name in typed.keys() & MAY_CHANGE_ON_RESUME}
+    return dataclasses.replace(config, **changes), stored
 
 
-def config_of(folder, typed=None):
-    """The configuration of a run that exists, with the flags that may change on resume replaced."""
-    stored = read_record(Path(folder) / "config.json")
-    try:
-        config = Config(**stored)
-    except TypeError as error:
+def find_corpus(config, checksum=None):
+    """(folder, checksum) of a configuration's corpus; pydocs is prepared when it is not there yet.
+    With a checksum it is the corpus that has it, wherever it lies."""
+    folder = Path(config.data)
+    if not (folder / "meta.json").exists():
+        folder = corpus_folder(config.data, config.model, config.vocabulary)
+    if checksum:
+        everywhere = [folder, *sorted((ROOT / "data").glob("*/*"))]
+        for folder in everywhere:
+            if (folder / "meta.json").exists() and load_meta(folder)["checksum"] == checksum:
+                return folder, checksum
         raise UserError(
-            f"{folder}/config.json is not a configuration of this version: {error}"
-        ) from None
-    started_with = dataclasses.asdict(config) | config.options
-    for name, value in ((typed or {}) | (typed or {}).get("options", {})).items():
-        if name not in {"options", *MAY_CHANGE_ON_RESUME} and started_with.get(name) != value:
-            raise UserError(
-                f"--{name}={value}: this run was started with {started_with.get(name)}, which "
-                "decides its result; start a new run"
-            )
-    return dataclasses.replace(
-        config,
-        **{name: value for name, value in (typed or {}).items() if name in MAY_CHANGE_ON_RESUME},
+            f"the corpus that this run was started on, {config.data}, is not here (its checksum is "
+            f"{checksum[:8]}); say where with --data=FOLDER, or prepare it again"
+        )
+    if not (folder / "meta.json").exists():
+        prepare_corpus(config)
+    meta = load_meta(folder)
+    for name, found, wanted in (
+        ("model", meta["model"], config.model),
+        ("vocabulary", meta["vocabulary_size"], config.vocabulary),
+    ):
+        if found != wanted:
+            raise UserError(f"--data={config.data} is of --{name}={found}, not {wanted}")
+    return folder, meta["checksum"]
+
+
+def open_corpus(config, folder=None):
+    """The rows of a configuration's corpus."""
+    return Corpus(
+        folder or find_corpus(config)[0],
+        config.seed,
+        config.device,
+        config.row_length,
+        config.holdout,
+        config.train_on,
+        config.validation_rows,
     )
 
 
-# -- Processes -------------------------------------------------------------------------------------
+def prepare_corpus(config):
+    """Makes pydocs; of another corpus it says how to."""
+    arguments = [config.data, f"--model={config.model}", f"--vocabulary={config.vocabulary}"]
+    if config.data not in ("pydocs", "c4"):
+        arguments.append("--files=PATH")
+    if config.data != "pydocs":
+        command = f"python data/prepare.py {' '.join(arguments)}"
+        raise UserError(f"--data={config.data}: not prepared; run: {command}")
+    if is_main():
+        print0("preparing pydocs, the docstrings of what is installed (once, about a minute)")
+        done = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *arguments])
+        if done.returncode:
+            raise UserError(f"preparing pydocs failed (exit status {done.returncode})")
+    wait_for_all()
 
 
-@contextlib.contextmanager
-def locked_log(folder, resume):
-    """The log of a run, opened to append, and closed to other processes until it is done; None on
-    all but the main process."""
-    if not is_main():
-        yield None
-        return
-    is_new = not (folder / "log.jsonl").exists()
-    with locked(folder, wait=False), open(folder / "log.jsonl", "a") as log:
-        if (folder / "result.json").exists():
-            raise UserError(f"{relative_path(folder)}: this run is finished")
-        if not resume and (folder / "config.json").exists():
-            raise UserError(
-                f"{relative_path(folder)}: another run was started here meanwhile; run the same "
-                "command again"
-            )
-        try:
-            yield log
-        finally:
-            # The plan was refused: nothing of it stays.
-            if is_new and not (folder / "config.json").exists():
-                with contextlib.suppress(OSError):
-                    (folder / "log.jsonl").unlink()
-                    folder.rmdir()
-
-
-class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once,
-    if it comes seconds later: torchrun repeats the first one."""
-
-    def __init__(self):
-        self.number, self.time = 0, 0.0
-        self.previous = {
-            number: signal.signal(number, self.receive)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def receive(self, number, frame):
-        if not self.number:
-            self.number, self.time = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() > self.time + 3:
-            raise KeyboardInterrupt
-
-    def restore(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+def ensure_run(name, config, reference=None):
+    """Reuses, resumes or makes the run that a method needs first; returns its folder."""
+    needed = plan(config, reference)
+    place = relative_path(needed.folder)
+    if status(needed.folder) == "finished":
+        print0(f"{name}: reusing {place}")
+        return needed.folder
+    print0(f"{name}: training {place} first; it is not charged to the run that needs it")
+    try:
+        train(needed)
+    except SystemExit:
+        print0(f"that was the {name}; the command that you gave goes on with it, too")
+        raise
+    return needed.folder
 
 
 # -- Training --------------------------------------------------------------------------------------
 
 
+def train(planned):
+    """Trains to the end of the budget, from the start or from the last checkpoint; returns the
+    result. Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is saved."""
+    config, folder = planned.config, planned.folder
+    finished_models, finished_runs = {}, {}
+    for name, needed in methods.find(config.method).prerequisites(planned.started).items():
+        place = ensure_run(name, needed, planned.reference)
+        finished_models[name] = configure(models.load(place / "model.pt", config.device), config)
+        numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
+        costs = read_record(place / "result.json", dict.fromkeys(numbers, float))
+        finished_runs[name] = {"folder": relative_path(place)} | {n: costs[n] for n in numbers}
+    lock = locked(folder, wait=False) if is_main() else contextlib.nullcontext()
+    smaller = f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"
+    with lock, explains_out_of_memory(smaller):
+        if status(folder) == "finished":
+            raise UserError(
+                f"{relative_path(folder)}: this run is finished; --out=FOLDER repeats it, another "
+                "--seed makes another"
+            )
+        print_plan(planned)
+        training = Training(planned, finished_models)
+        corpus, entropy = training.corpus, training.corpus.unigram_entropy()
+        print0(
+            f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate "
+            f"on; unigram entropy {entropy:.4f} nats"
+        )
+        if status(folder) == "interrupted":
+            training.load_checkpoint()
+        training.warm_up()
+        with training.open_log(), StopSignal() as stop:
+            stop_signal = training.loop(stop)
+        result = training.finish(finished_runs)
+    if stop_signal:  # it came in the last update; whoever wanted this run first has to stop, too
+        raise SystemExit(128 + int(stop_signal))
+    return result
+
+
+def print_plan(planned):
+    config = planned.config
+    budget = f"{config.budget_steps} updates"
+    if config.budget_hours:
+        budget = f"{config.budget_hours:g} hours of reference {config.reference}"
+    print0(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
+    schedule = methods.find(config.method).owner["schedule"] or config.schedule
+    recipe = [f"batch {config.batch}, lr {config.lr:g}, {schedule}"]
+    recipe += [f"betas ({config.beta1:g}, {config.beta2:g})"] + ["RMS scaling"] * config.rms_scaling
+    recipe += [f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}"]
+    print0(f"  recipe   {', '.join(recipe)}")
+    if config.options:
+        options = (f"{name} {value}" for name, value in config.options.items())
+        print0(f"  options  {', '.join(options)}")
+    device = [rst.device_name(config.device), f"{torch.get_num_threads()} threads"]
+    device += [f"{processes()} process(es), {config.dtype}, micro-batch {config.micro_batch}"]
+    print0(f"  device   {', '.join(device + ['compiled'] * config.compile)}")
+    print0(f"  folder   {relative_path(planned.folder)}")
+
+
+def configure(model, config):
+    """Sets how a model computes in this run: the precision, and whether layers are compiled."""
+    model.autocast_dtype = models.DTYPES[config.dtype]
+    if config.compile:
+        model.compile_layers()
+    return model
+
+
+class Counters(SimpleNamespace):
+    """What a run counts beside its clock."""
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, counted):
+        vars(self).update(counted)
+
+
+class Training:
+    """A run in memory, between its plan and its result."""
+
+    def __init__(self, planned, finished_models):
+        config = planned.config
+        self.config, self.folder, self.planned = config, planned.folder, planned
+        self.started_seconds = time.perf_counter()
+        self.clock = rst.Clock(
+            planned.reference,
+            config.model,
+            config.device,
+            budget_seconds=config.budget_hours and 3600 * config.budget_hours,
+            budget_updates=config.budget_steps,
+            reprobe=config.reprobe,
+        )
+        self.corpus = open_corpus(config, planned.corpus_folder)
+        torch.manual_seed(config.seed)
+        model = models.build(config.model, config.size, config.vocabulary).to(config.device)
+        self.model = configure(model, config)
+        # From here on one object stands for all methods of the run: each hook is that of the one
+        # that overrides it.
+        self.method = methods.find(config.method).start(
+            model, self.corpus, self.clock, config, finished_models
+        )
+        self.optimizer = self.method.optimizer_in_use
+        kind = torch.device(config.device).type
+        self.scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "fp16")
+        self.clock.weights = list(model.parameters())
+        self.counters = Counters(
+            rows=0, skipped=0, validation_loss=None, wall_seconds=0.0, log_bytes=0
+        )
+        self.parts = dict(  # of a checkpoint
+            model=model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            method=self.method,
+            clock=self.clock,
+            stream=self.corpus,
+            counters=self.counters,
+        )
+
+    def wall_seconds(self):
+        """Of all sessions of this run so far."""
+        return self.counters.wall_seconds + time.perf_counter() - self.started_seconds
+
+    # The loop
+
+    def loop(self, stop):
+        """Trains until the budget is spent; returns the signal that came in the last update, or
+        0."""
+        config, model, method, clock = self.config, self.model, self.method, self.clock
+        optimizer, scaler, counters = self.optimizer, self.scaler, self.counters
+        stop_signal = 0
+        checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
+        bar = tqdm(
+            total=1.0,
+            initial=clock.progress,
+            disable=None if is_main() else True,
+            desc=config.method,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+        wait_for_all()  # whoever was ready first is not charged for the others
+        # ------------------------------------ the training loop ----------------------------------
+        while clock.progress < 1:
+            progress, graphs = clock.progress, compilations()
+            with clock.charged():
+                # What the methods decide: growth (here and nowhere else), the rate, the rows.
+                method.begin_update()
+                model.present_layers = method.layers()
+                lr_share = method.schedule(progress)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_share
+                positions = method.next_batch()
+
+                # The gradient of the mean over all predicted tokens: every row has as many of them,
+                # so a micro-batch weighs its share of the rows, and how rows are split changes
+                # nothing. A process has its part of the rows; the sums are in place, so they reach
+                # the parameters.
+                loss = torch.zeros((), device=config.device)
+                for rows, layers in micro_batches(method.groups(positions), config.micro_batch):
+                    part = method.loss(method.inputs(rows), layers) * (len(rows) / len(positions))
+                    scaler.scale(part).backward()
+                    loss += part.detach()
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                sum_over_processes([loss, *gradients])
+                scaler.unscale_(optimizer)
+
+                # The only wait for the device: what is not finite must not reach the weights. (But
+                # an overflow in fp16 is ordinary: the step is skipped, and the scale lowered.)
+                gradient_norm = torch.nn.utils.get_total_norm(gradients)
+                loss, norm = torch.stack([loss, gradient_norm]).tolist()
+                skipped = scaler.is_enabled() and not math.isfinite(norm)
+                self.refuse_not_finite(loss, 0.0 if skipped else norm)
+
+                method.before_step(gradient_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if not skipped:
+                    method.after_step()
+                report = method.report()  # of this update: the clock moves on when it ends
+
+            # From here to the next update nothing is charged.
+            counters.rows += len(positions)
+            counters.skipped += skipped
+            self.write_log(
+                update=clock.updates,
+                loss=loss,
+                lr=config.lr * lr_share,
+                progress=progress,
+                gradient_norm=None if skipped else norm,
+                rows=len(positions),
+                skipped=skipped,
+                charged_seconds=clock.charged_seconds,
+                free_seconds=clock.update_free_seconds,
+                spent_seconds=clock.spent_seconds,
+                factor=clock.factor,
+                compilations=compilations() - graphs,
+                **report,
+            )
+            bar.set_postfix_str(f"loss {loss:.3f}, update {clock.updates}", refresh=False)
+            bar.update(clock.progress - bar.n)
+            if int(clock.progress * config.validations) > int(progress * config.validations):
+                self.validate()
+            save_now = time.perf_counter() >= checkpoint_due
+            stop_signal, save_now = max_over_processes([stop.number, save_now], config.device)
+            if stop_signal or save_now:
+                self.save_checkpoint()
+                checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
+            if stop_signal and clock.progress < 1:
+                bar.close()
+                place = relative_path(self.folder)
+                print0(
+                    f"stopped after update {clock.updates}; go on with: python train.py "
+                    f"--resume={place}"
+                )
+                raise SystemExit(128 + int(stop_signal))
+            clock.probe_when_due()
+        # -----------------------------------------------------------------------------------------
+        bar.close()
+        return stop_signal
+
+    # Around the loop
+
+    def warm_up(self):
+        """Trains on throw-away batches, so that compilation and first-time work are done before the
+        clock starts: on the shapes that `inputs` makes at any time of the budget, and at both its
+        ends (a method may compute something else there), with the layers that there are now.
+        (Optimizers compile when they are made.) Then it says how long the run will take."""
+        config, clock, method, model = self.config, self.clock, self.method, self.model
+        model.present_layers = method.layers()
+        groups = method.groups(np.arange(config.batch))
+        sizes = [len(rows) for rows, _ in micro_batches(groups, config.micro_batch)]
+        times = np.linspace(clock.progress, 1, 101 if method.owner["inputs"] else 2).tolist()
+        seconds, seen = {}, set()  # seconds of the last pass over so many rows
+        for number, time_of_budget in enumerate(times):
+            clock.rehearsed_progress = time_of_budget
+            for size in sorted(set(sizes)):
+                batch = method.inputs(np.arange(size))
+                shapes = tuple(tensor.shape for tensor in batch.values())
+                if shapes in seen and number not in (0, len(times) - 1):
+                    continue
+                seen.add(shapes)
+                rst.synchronise(config.device)
+                start = time.perf_counter()
+                method.loss(batch, model.present_layers).backward()
+                rst.synchronise(config.device)
+                seconds[size] = time.perf_counter() - start
+        clock.rehearsed_progress = None
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.loss(self.corpus.batch(np.arange(min(config.micro_batch, config.batch))))
+        if config.budget_steps:
+            update_seconds = sum(seconds[size] for size in sizes)
+            left, how = (config.budget_steps - clock.updates) * update_seconds, "a warm-up step"
+        else:
+            left = (clock.budget_seconds - clock.spent_seconds) / clock.factor
+            how = f"factor {clock.factor:.4g}"
+        minutes = left / 60
+        length = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        print0(f"  time     about {length} here ({how}), plus what is not charged")
+        if minutes > WEEK_MINUTES and not config.yes:
+            raise UserError(
+                f"this plan takes about {minutes / 1440:.0f} days on this machine; add --yes to "
+                "start it, or lower the budget or the size"
+            )
+
+    @contextlib.contextmanager
+    def open_log(self):
+        """From here on the folder holds a run. The log has as much as the checkpoint knows of."""
+        if not is_main():
+            yield
+            return
+        shutil.copy(self.corpus.folder / self.corpus.meta["tokenizer"], self.folder)
+        if not self.clock.updates:  # nothing was kept of an earlier process: these are its flags
+            record = {
+                "id": self.planned.id,
+                "config": dataclasses.asdict(self.config),
+                "corpus": self.planned.checksum,
+                "reference": dataclasses.asdict(self.planned.reference),
+            }
+            write_json(self.folder / "config.json", record)
+        with open(self.folder / "log.jsonl", "a") as self.log:
+            self.log.truncate(self.counters.log_bytes)
+            yield
+
+    def write_log(self, **record):
+        if is_main():
+            self.counters.log_bytes += self.log.write(json.dumps(record) + "\n")
+            self.log.flush()
+
+    def validate(self):
+        """Validates, and logs it."""
+        config, clock = self.config, self.clock
+        with swapped_weights(self.method.evaluation_weights()):
+            loss = validate(self.model, self.corpus, config.micro_batch)
+        self.counters.validation_loss = loss
+        self.write_log(
+            update=clock.updates,
+            validation_loss=loss,
+            progress=clock.progress,
+            lr=config.lr * self.method.schedule(clock.progress),
+            spent_seconds=clock.spent_seconds,
+        )
+        print0(
+            f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {loss:.4f}"
+        )
+
+    def refuse_not_finite(self, loss, gradient_norm):
+        """Raises UserError for a loss or a gradient that is not finite, before it does harm."""
+        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            raise UserError(
+                f"the loss is {loss} and its gradient's norm {gradient_norm} in update "
+                f"{self.clock.updates + 1}; lower --lr (it is {self.config.lr:g}) or --clip. What "
+                f"was saved before is in {relative_path(self.folder)}"
+            )
+
+    def save_checkpoint(self):
+        if is_main():
+            stored = {name: part.state_dict() for name, part in self.parts.items()}
+            stored["counters"]["wall_seconds"] = self.wall_seconds()
+            write_tensors(self.folder / "checkpoint.pt", {"id": self.planned.id} | stored)
+        wait_for_all()  # or the others would be charged their waiting, in the next update
+
+    def load_checkpoint(self):
+        """Puts everything back as it was after the checkpoint's update."""
+        path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        if not path.exists():
+            print0("  resumed from the start: the run was stopped before its first checkpoint")
+            return
+        stored = read_tensors(path, ["id", *self.parts], self.config.device)
+        if stored["id"] != self.planned.id:
+            raise UserError(f"{path} is of the run {stored['id']}, not of {self.planned.id}")
+        for name, part in self.parts.items():
+            if stored[name]:  # (of a scaler that is not in use it is empty)
+                part.load_state_dict(stored[name])
+        updates = self.clock.updates
+        if is_main() and (not log.exists() or log.stat().st_size < self.counters.log_bytes):
+            raise UserError(f"{log} is shorter than at the checkpoint's update {updates}")
+        print0(f"  resumed after update {updates}")
+
+    def finish(self, finished_runs):
+        """Saves the run's last state, its weights and its result."""
+        config, clock, corpus, counters = self.config, self.clock, self.corpus, self.counters
+        self.save_checkpoint()
+        with swapped_weights(self.method.evaluation_weights()):
+            if is_main():
+                models.save(self.model, self.folder / "model.pt")
+        versions = {"torch": torch.__version__, "numpy": np.__version__}
+        entropy, layers = corpus.unigram_entropy(), len(self.model.present_layers)
+        result = {
+            "command": shlex.join(sys.argv),
+            "commit": git_commit(),
+            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version()} | versions,
+            "device": rst.device_name(config.device),
+            "threads": torch.get_num_threads(),
+            "processes": processes(),
+            "config": dataclasses.asdict(config),
+            "method_files": self.method.source_hashes(),
+            "updates": clock.updates,
+            "layers": layers,
+            "rows": counters.rows,
+            "skipped_updates": counters.skipped,
+            "validation_loss": counters.validation_loss,
+            "unigram_entropy": entropy,
+            "factor_history": clock.factor_history,
+            "charged_seconds": clock.spent_seconds,
+            "free_seconds": clock.free_seconds,
+            "stalls": clock.stalls,
+            "stall_seconds": clock.stall_seconds,
+            "wall_seconds": self.wall_seconds(),
+            "prerequisites": finished_runs,
+        }
+        if is_main():
+            write_json(self.folder / "result.json", result)
+        wait_for_all()  # whoever needs the finished run next finds it whole
+        loss = counters.validation_loss
+        print0(
+            f"validation loss {loss:.4f} after {clock.updates} updates, {counters.rows:,} rows; "
+            f"unigram entropy {entropy:.4f} (difference {entropy - loss:.4f})"
+        )
+        stalls = f" ({clock.stalls} stalls: {clock.stall_seconds:.3g} s)" if clock.stalls else ""
+        print0(
+            f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free "
+            f"{clock.free_seconds:.4g} s, wall {result['wall_seconds']:.0f} s; in "
+            f"{relative_path(self.folder)}"
+        )
+        if layers < len(self.model.layers):
+            print0(
+                f"note: the model has {layers} of its {len(self.model.layers)} layers; the budget "
+                f"ended before --method={config.method} used them all"
+            )
+        return result
+
+
+@torch.no_grad()
 def validate(model, corpus, rows_per_batch):
     """Mean loss over the predicted tokens of the fixed validation rows, with the layers that there
     are."""
     total = torch.zeros((), dtype=torch.float64, device=corpus.device)
-    with torch.no_grad():
-        for batch in corpus.validation_batches(rows_per_batch, process(), processes()):
-            total += model.loss(batch).double() * batch["labels"].numel()
+    for batch in corpus.validation_batches(rows_per_batch, process(), processes()):
+        total += model.loss(batch).double() * batch["labels"].numel()
     sum_over_processes([total])
     return total.item() / (corpus.validation_rows * corpus.predicted_per_row)
 
@@ -419,498 +843,34 @@ def swapped_weights(weights):
             parameter.copy_(value)
 
 
-def warm_up(method, model, corpus, config, clock):
-    """Trains on throw-away batches, so that compilation and first-time work are done before the
-    clock starts: on the shapes that `inputs` makes at any time of the budget, and at both its ends
-    (a method may compute something else there), with the layers that there are now. Optimizers
-    compile when they are made. Returns the seconds of an update's forward and backward, by the last
-    pass over each number of rows."""
-    groups = method.groups(np.arange(config.batch))
-    sizes = [len(rows) for rows, _ in micro_batches(groups, config.micro_batch)]
-    times = np.linspace(clock.progress, 1, 101 if method.owner["inputs"] else 2).tolist()
-    seconds, seen = {}, set()
-    for number, time_of_budget in enumerate(times):
-        clock.rehearsed_progress = time_of_budget
-        for size in sorted(set(sizes)):
-            batch = method.inputs(np.arange(size))
-            shapes = tuple(tensor.shape for tensor in batch.values())
-            if shapes in seen and number not in (0, len(times) - 1):
-                continue
-            seen.add(shapes)
-            rst.synchronise(config.device)
-            start = time.perf_counter()
-            method.loss(batch, model.present_layers).backward()
-            rst.synchronise(config.device)
-            seconds[size] = time.perf_counter() - start
-    clock.rehearsed_progress = None
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        model.loss(corpus.batch(np.arange(min(config.micro_batch, config.batch))))
-    return sum(seconds[size] for size in sizes)
-
-
-def open_corpus(config):
-    """The corpus of a configuration; pydocs is prepared when it is not there yet."""
-    named = Path(config.data)
-    folder = (
-        named
-        if (named / "meta.json").exists()
-        else corpus_folder(config.data, config.model, config.vocabulary)
-    )
-    if not (folder / "meta.json").exists():
-        arguments = [config.data, f"--model={config.model}", f"--vocabulary={config.vocabulary}"]
-        if config.data != "pydocs":
-            arguments += [] if config.data == "c4" else ["--files=PATH"]
-            raise UserError(
-                f"--data={config.data}: not prepared; run: python data/prepare.py "
-                f"{' '.join(arguments)}"
-            )
-        if is_main():
-            print0(
-                "preparing pydocs, the documentation strings of what is installed (once, about a "
-                "minute)"
-            )
-            if (
-                status := subprocess.run(
-                    [sys.executable, str(ROOT / "data" / "prepare.py"), *arguments]
-                ).returncode
-            ) != 0:
-                raise UserError(f"preparing pydocs failed (exit status {status})")
-    wait_for_all()
-    return Corpus(
-        folder,
-        config.seed,
-        config.device,
-        config.row_length,
-        config.holdout,
-        config.train_on,
-        config.validation_rows,
-    )
-
-
-def print_plan(config, folder):
-    budget = (
-        f"{config.budget_steps} updates"
-        if config.budget_steps
-        else f"{config.budget_hours:g} hours of reference {config.reference}"
-    )
-    print0(f"{config.model}-{config.size} on {config.data}, method {config.method}, {budget}")
-    schedule = methods.find(config.method).owner["schedule"] or config.schedule
-    print0(
-        f"  recipe   batch {config.batch}, lr {config.lr:g}, {schedule}, betas ({config.beta1:g}, "
-        f"{config.beta2:g}), "
-        f"{'RMS scaling, ' if config.rms_scaling else ''}"
-        f"weight decay {config.weight_decay:g}, clip {config.clip:g}, seed {config.seed}"
-    )
-    if config.options:
-        print0(
-            "  options  " + ", ".join(f"{name} {value}" for name, value in config.options.items())
-        )
-    print0(
-        f"  device   {rst.device_name(config.device)}, {processes()} process(es), {config.dtype}, "
-        f"micro-batch {config.micro_batch}" + (", compiled" if config.compile else "")
-    )
-    print0(f"  folder   {relative_path(folder)}")
-
-
-def train(config, folder, resume=False):
-    """Runs a configuration to the end of its budget in `folder`; returns its result.
-
-    Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is saved.
-    """
-    combination = methods.find(config.method)
-    finished_models, finished_runs = {}, {}
-    for name, prerequisite in combination.prerequisites(config).items():
-        finished = finish(name, prerequisite)
-        finished_models[name] = configure(models.load(finished / "model.pt", config.device), config)
-        costs = read_record(finished / "result.json")
-        finished_runs[name] = {"folder": relative_path(finished)} | {
-            key: costs[key]
-            for key in ("updates", "charged_seconds", "wall_seconds", "validation_loss")
-        }
-    with (
-        locked_log(folder, resume) as log,
-        explains_out_of_memory(
-            f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"
-        ),
-    ):
-        return run(config, folder, resume, log, combination, finished_models, finished_runs)
-
-
-def run(config, folder, resume, log, combination, finished_models, finished_runs):
-    """What `train` does when all that it needs is there; `log` is the run's, open and locked."""
-    print_plan(config, folder)
-    started = time.perf_counter()
-    reference = rst.find_reference(config.reference)
-    budget_seconds = config.budget_hours and config.budget_hours * 3600
-    clock = rst.Clock(
-        reference, config.model, config.device, budget_seconds, config.budget_steps, config.reprobe
-    )
-    if budget_seconds and not resume:
-        refuse_long(config, budget_seconds / clock.factor, f"factor {clock.factor:.4g}")
-    corpus = open_corpus(config)
-    refuse_other_tokens(config, corpus)
-    torch.manual_seed(config.seed)
-    model = models.build(config.model, config.size, config.vocabulary).to(config.device)
-    configure(model, config)
-    # From here on one object stands for all methods of the run: each hook is that of the one that
-    # overrides it.
-    method = combination.start(model, corpus, clock, config, finished_models)
-    optimizer = method.optimizer_in_use
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
-    clock.weights = list(model.parameters())
-    state = SimpleNamespace(wall_seconds=0.0, rows=0, skipped=0, validation_loss=None, log_bytes=0)
-    if resume:
-        load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state)
-        if budget_seconds:
-            refuse_long(
-                config,
-                (budget_seconds - clock.spent_seconds) / clock.factor,
-                f"factor {clock.factor:.4g}",
-            )
-    model.present_layers = method.layers()
-    entropy = corpus.unigram_entropy()
-    print0(
-        f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate on; "
-        f"unigram entropy {entropy:.4f} nats"
-    )
-    update_seconds = warm_up(method, model, corpus, config, clock)
-    if config.budget_steps:
-        refuse_long(
-            config, (config.budget_steps - clock.updates) * update_seconds, "from a warm-up step"
-        )
-
-    if is_main():
-        log.truncate(state.log_bytes)
-        # Fine-tuning needs it with model.pt.
-        shutil.copy(corpus.folder / corpus.meta["tokenizer"], folder)
-        # Nothing was kept of an earlier process: this one's flags are the run's.
-        if not clock.updates:
-            write_json(folder / "config.json", dataclasses.asdict(config))
-    bar = tqdm(
-        total=1.0,
-        initial=clock.progress,
-        disable=None if is_main() else True,
-        desc=config.method,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-    )
-
-    def write_log(**record):
-        if is_main():
-            state.log_bytes += log.write(json.dumps(record) + "\n")
-            log.flush()
-
-    def save_checkpoint():
-        if is_main():
-            wall_seconds = state.wall_seconds + time.perf_counter() - started
-            stored = {
-                "config": identity(config),
-                "corpus": corpus.meta["checksum"],
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "method": method.state_dict(),
-                "clock": clock.state_dict(),
-                "stream": corpus.state_dict(),
-                "state": vars(state) | {"wall_seconds": wall_seconds},
-            }
-            write_tensors(folder / "checkpoint.pt", stored)
-        wait_for_all()  # or the others would be charged their waiting, in the next update
-
-    stop, stop_signal = StopSignal(), 0
-    checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
-    wait_for_all()  # whoever was ready first is not charged for the others
-    try:
-        # ---------------------------------- the training loop ----------------------------------
-        while clock.progress < 1:
-            progress, graphs = clock.progress, compilations()
-            with clock.charged():
-                # What the methods decide: growth (here and nowhere else), the rate, the rows.
-                method.begin_update()
-                model.present_layers = method.layers()
-                rate_share = method.schedule(progress)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * rate_share
-                positions = method.next_batch()
-
-                # The gradient of the mean over all predicted tokens: every row has as many of them,
-                # so a micro-batch weighs its share of the rows, and how rows are split changes
-                # nothing. A process has its part of the rows; the sums are in place, so they reach
-                # the parameters.
-                loss = torch.zeros((), device=config.device)
-                for rows, layers in micro_batches(method.groups(positions), config.micro_batch):
-                    part = method.loss(method.inputs(rows), layers) * (len(rows) / len(positions))
-                    scaler.scale(part).backward()
-                    loss += part.detach()
-                gradients = [
-                    parameter.grad for parameter in model.parameters() if parameter.grad is not None
-                ]
-                sum_over_processes([loss, *gradients])
-                scaler.unscale_(optimizer)
-
-                # The only wait for the device: what is not finite must not reach the weights.
-                gradient_norm = torch.nn.utils.get_total_norm(gradients)
-                loss, norm = torch.stack([loss, gradient_norm]).tolist()
-                # Overflow in fp16: the scale is lowered.
-                skipped = scaler.is_enabled() and not math.isfinite(norm)
-                refuse_not_finite(loss, 0.0 if skipped else norm, clock, config, folder)
-
-                method.before_step(gradient_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                if not skipped:
-                    method.after_step()
-                report = method.report()  # of this update: the clock moves on when it ends
-
-            # From here to the next update nothing is charged.
-            state.rows += len(positions)
-            state.skipped += skipped
-            write_log(
-                update=clock.updates,
-                loss=loss,
-                lr=config.lr * rate_share,
-                progress=progress,
-                gradient_norm=None if skipped else norm,
-                rows=len(positions),
-                skipped=skipped,
-                charged_seconds=clock.charged_seconds,
-                free_seconds=clock.update_free_seconds,
-                spent_seconds=clock.spent_seconds,
-                factor=clock.factor,
-                compilations=compilations() - graphs,
-                **report,
-            )
-            bar.set_postfix_str(f"loss {loss:.3f}, {spent_text(clock)}", refresh=False)
-            bar.update(clock.progress - bar.n)
-            if int(clock.progress * config.validations) > int(progress * config.validations):
-                with swapped_weights(method.evaluation_weights()):
-                    state.validation_loss = validate(model, corpus, config.micro_batch)
-                write_log(
-                    update=clock.updates,
-                    validation_loss=state.validation_loss,
-                    progress=clock.progress,
-                    lr=config.lr * method.schedule(clock.progress),
-                    spent_seconds=clock.spent_seconds,
-                )
-                print0(
-                    f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss "
-                    f"{state.validation_loss:.4f}"
-                )
-            save_now = time.perf_counter() >= checkpoint_due
-            stop_signal, save_now = max_over_processes([stop.number, save_now], config.device)
-            if stop_signal or save_now:
-                save_checkpoint()
-                checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
-            if stop_signal and clock.progress < 1:
-                bar.close()
-                print0(
-                    f"stopped after update {clock.updates}; go on with: python train.py "
-                    f"--resume={relative_path(folder)}"
-                )
-                raise SystemExit(128 + int(stop_signal))
-            clock.probe_when_due()
-        # ---------------------------------------------------------------------------------------
-    finally:
-        bar.close()
-        stop.restore()
-    save_checkpoint()
-    state.wall_seconds += time.perf_counter() - started
-    result = {
-        "command": shlex.join(sys.argv),
-        "commit": git_commit(),
-        "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "device": rst.device_name(config.device),
-        "threads": torch.get_num_threads(),
-        "processes": processes(),
-        "config": dataclasses.asdict(config),
-        "method_files": method.source_hashes(),
-        "corpus": corpus.meta["checksum"],
-        "updates": clock.updates,
-        "layers": len(model.present_layers),
-        "rows": state.rows,
-        "skipped_updates": state.skipped,
-        "validation_loss": state.validation_loss,
-        "unigram_entropy": entropy,
-        "reference": dataclasses.asdict(reference),
-        "factor_history": clock.factor_history,
-        "charged_seconds": clock.spent_seconds,
-        "free_seconds": clock.free_seconds,
-        "stalls": clock.stalls,
-        "stall_seconds": clock.stall_seconds,
-        "wall_seconds": state.wall_seconds,
-        "prerequisites": finished_runs,
-    }
-    with swapped_weights(method.evaluation_weights()):
-        if is_main():
-            models.save(model, folder / "model.pt")
-    if is_main():
-        write_json(folder / "result.json", result)
-    wait_for_all()  # whoever needs the finished run next finds it whole
-    print0(
-        f"validation loss {state.validation_loss:.4f} after {clock.updates} updates, "
-        f"{state.rows:,} rows; "
-        f"unigram entropy {entropy:.4f} (difference {entropy - state.validation_loss:.4f})"
-    )
-    stalls = f" ({clock.stalls} stalls: {clock.stall_seconds:.3g} s)" if clock.stalls else ""
-    print0(
-        f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free "
-        f"{clock.free_seconds:.4g} s, "
-        f"wall {state.wall_seconds:.0f} s; in {relative_path(folder)}"
-    )
-    if result["layers"] < len(model.layers):
-        print0(
-            f"note: the model has {result['layers']} of its {len(model.layers)} layers; "
-            f"the budget ended before --method={config.method} used them all"
-        )
-    if stop_signal:  # it came in the last update; whoever wanted this run first has to stop, too
-        raise SystemExit(128 + int(stop_signal))
-    return result
-
-
-def refuse_other_tokens(config, corpus):
-    """Raises UserError for a corpus of the other model or of another vocabulary."""
-    if corpus.meta["model"] != config.model:
-        raise UserError(
-            f"--data={config.data} has the tokens of --model={corpus.meta['model']}, not of "
-            f"{config.model}"
-        )
-    if corpus.vocabulary_size != config.vocabulary:
-        raise UserError(
-            f"--data={config.data} has a vocabulary of {corpus.vocabulary_size}, not "
-            f"{config.vocabulary}"
-        )
-
-
-def refuse_not_finite(loss, gradient_norm, clock, config, folder):
-    """Raises UserError for a loss or a gradient that is not finite, before it does harm."""
-    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-        raise UserError(
-            f"the loss is {loss} and its gradient's norm {gradient_norm} in update "
-            f"{clock.updates + 1}; lower --lr "
-            f"(it is {config.lr:g}) or --clip. What was saved before is in {relative_path(folder)}"
-        )
-
-
-def configure(model, config):
-    """Sets how a model computes in this run: the precision, and whether layers are compiled."""
-    model.autocast_dtype = models.DTYPES[config.dtype]
-    if config.compile:
-        model.compile_layers()
-    return model
-
-
 def compilations():
     """Graphs that torch.compile has made so far in this process. Those of the warm-up are not
     charged; one that a later update needs is part of its time, and of its line in the log."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def spent_text(clock):
-    if clock.budget_updates:
-        return f"update {clock.updates} of {clock.budget_updates}"
-    return f"{clock.spent_seconds / 3600:.4g} of {clock.budget_seconds / 3600:.4g} h spent"
+class StopSignal:
+    """Remembers SIGTERM and Ctrl-C, so that the loop can save first. A second Ctrl-C stops at once,
+    if it comes seconds later: torchrun repeats the first one."""
+
+    def __enter__(self):
+        self.number, self.time = 0, 0.0
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def receive(self, number, frame):
+        if not self.number:
+            self.number, self.time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.time + 3:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
-def refuse_long(config, seconds, how):
-    """Says how long the run will take here; over a week it wants --yes."""
-    hours = seconds / 3600
-    length = (
-        f"{seconds / 60:.1f} minutes"
-        if hours < 2
-        else f"{hours:.1f} hours"
-        if hours < 48
-        else f"{hours / 24:.1f} days"
-    )
-    print0(f"  time     about {length} here ({how}), plus what is not charged")
-    if hours > WEEK_HOURS and not config.yes:
-        raise UserError(
-            f"this plan takes about {hours / 24:.0f} days on this machine; add --yes to start it, "
-            "or lower the budget or the size"
-        )
-
-
-def load_checkpoint(folder, config, model, optimizer, scaler, method, clock, corpus, state):
-    """Puts everything back as it was after the checkpoint's update."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        print0("  resumed from the start: the run was stopped before its first checkpoint")
-        return
-    stored = read_tensors(path, CHECKPOINT, config.device)
-    theirs, ours = stored["config"], identity(config)
-    different = [name for name in ours if theirs.get(name) != ours[name]]
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{path} is of another configuration: its {name} is {theirs.get(name)}, that of "
-            f"config.json {ours[name]}"
-        )
-    if stored["corpus"] != corpus.meta["checksum"]:
-        raise UserError(
-            f"{path} was trained on another preparation of {config.data}: {corpus.folder} has "
-            "changed"
-        )
-    model.load_state_dict(stored["model"])
-    optimizer.load_state_dict(stored["optimizer"])
-    if stored["scaler"]:  # empty unless the run was in fp16; a resumed one may change to it
-        scaler.load_state_dict(stored["scaler"])
-    method.load_state_dict(stored["method"])
-    clock.load_state_dict(stored["clock"])
-    corpus.load_state_dict(stored["stream"])
-    vars(state).update(stored["state"])
-    log = folder / "log.jsonl"
-    if is_main() and (not log.exists() or log.stat().st_size < state.log_bytes):
-        raise UserError(
-            f"{log} is shorter than at the checkpoint's update {clock.updates}; it was changed"
-        )
-    print0(f"  resumed after update {clock.updates}")
-
-
-def holds_run(folder, config):
-    """Whether a folder has the run of this configuration, on the corpus as it is now."""
-    if identity(config_of(folder)) != identity(config):
-        return False
-    result = folder / "result.json"
-    return (
-        not result.exists()
-        or read_record(result).get("corpus") == open_corpus(config).meta["checksum"]
-    )
-
-
-def find_run(config):
-    """The folder of this configuration's run, "finished", "interrupted" or "new"."""
-    plan, number = ROOT / "runs" / plan_name(config), 1
-    folder = plan
-    # Same name, another plan.
-    while (folder / "config.json").exists() and not holds_run(folder, config):
-        number += 1
-        folder = plan.with_name(f"{plan.name}-{number}")
-    return folder, "finished" if (folder / "result.json").exists() else "interrupted" if (
-        folder / "config.json"
-    ).exists() else "new"
-
-
-def finish(name, config):
-    """Reuses, resumes or makes the run that a method needs first; returns its folder."""
-    folder, state = find_run(config)
-    if state == "finished":
-        print0(f"{name}: reusing {relative_path(folder)}")
-        return folder
-    print0(
-        f"{name}: {'resuming' if state == 'interrupted' else 'training'} {relative_path(folder)} "
-        "first; it is not charged to the run that needs it"
-    )
-    try:
-        train(config, folder, resume=state == "interrupted")
-    except SystemExit:
-        print0(f"that was the {name}; the command that you gave goes on with it, too")
-        raise
-    return folder
+# -- The command -----------------------------------------------------------------------------------
 
 
 def start_processes(config):
@@ -926,19 +886,17 @@ def start_processes(config):
 
 @exits_on_user_error
 def main(arguments=None):
-    typed, resumed = parse(sys.argv[1:] if arguments is None else arguments)
-    if resumed:
-        folder = Path(resumed)
-        config = config_of(folder, typed)
+    typed, folder = parse(sys.argv[1:] if arguments is None else arguments)
+    stored = reference = None
+    if folder:
+        config, stored = resumed(Path(folder), typed)
+        reference = rst.Reference(**stored["reference"])
         check(config)
-        config = start_processes(config)
-        if (folder / "result.json").exists():
-            raise UserError(f"--resume={folder}: this run is finished")
     else:
-        config = start_processes(resolve(typed))
-        folder = new_folder(config)
+        config = resolve(typed)
+    config = start_processes(config)
     try:
-        return train(config, folder, resume=bool(resumed))
+        return train(plan(config, reference, folder and Path(folder), stored))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
