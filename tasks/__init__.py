@@ -2,7 +2,7 @@
 
 A suite is a file `tasks/NAME.py` with
 
-    MODEL       "bert" or "t5": whose suite it is
+    MODEL       "bert" or "t5": which model the suite is for
     RECIPE      the study's hyper-parameters, a `Recipe`
     TASKS       {name: task}; a task has `metrics`, {name: function(predictions, rows)}
     DEFAULT     the tasks of a run without --task
@@ -80,7 +80,7 @@ def find(name):
 
 
 def of_rows(metric, *fields):
-    """A metric of predictions and these fields of the rows, as one of (predictions, rows)."""
+    """A metric of predictions and these fields of the rows, as a function of both."""
 
     def score(predictions, rows):
         columns = [[getattr(row, field) for row in rows] for field in fields]
@@ -94,7 +94,7 @@ def of_rows(metric, *fields):
 
 @contextlib.contextmanager
 def naming(place):
-    """Makes a UserError that names the place of what is not as published there."""
+    """Turns what is raised about a malformed file into a UserError that names the place."""
     try:
         yield
     except KeyError as error:
@@ -106,7 +106,7 @@ def naming(place):
 
 
 def lines(path, first=1):
-    """(number, text) of every line from the first one on. Only a line feed ends a line: texts hold
+    """(number, text) of every line from number `first` on. Only a line feed ends a line: texts hold
     other characters that Python would split at."""
     try:
         file = open(path, "rb")
@@ -123,8 +123,8 @@ def lines(path, first=1):
 
 
 def read_rows(path, parse, first=1):
-    """The rows of a file: those that `parse(line)` finds in every line from the first one on. What
-    it raises about a line becomes a UserError with file and line."""
+    """The rows of a file: `parse(line)` gives those of one line. What it raises about a line
+    becomes a UserError that names file and line."""
     rows = []
     for number, line in lines(path, first):
         with naming(f"{path}, line {number}"):
@@ -135,7 +135,7 @@ def read_rows(path, parse, first=1):
 
 
 def class_of(label, classes):
-    """The number of a class."""
+    """The number of the class that a label names."""
     if label not in classes:
         expected = ", ".join(map(str, classes))
         raise ValueError(f"the label is {label!r}, expected one of {expected}")
@@ -143,7 +143,7 @@ def class_of(label, classes):
 
 
 def checksum(rows):
-    """What tells rows from other rows: a CRC-32 of all that is in them."""
+    """A CRC-32 of all that is in rows, to tell them from other rows."""
     found = 0
     for row in rows:
         found = zlib.crc32(repr((row.texts, row.label, row.group, row.references)).encode(), found)
@@ -183,7 +183,7 @@ def fetch(url, path, folder, sha256=None):
     print(f"{path} is not there; downloading {url}")
     try:
         download(url, path, check)
-    except (UserError, ValueError) as error:  # ValueError: the address is none
+    except (UserError, ValueError) as error:  # ValueError: not a URL
         raise UserError(
             f"{error}; or put the published files into {folder} yourself (see --data_dir)"
         ) from None
@@ -203,7 +203,7 @@ def fetch_zip(url, folder, needed, sha256=None):
     archive = folder.with_name(f"{folder.name}.zip")
     unpacked = folder.with_name(f"{folder.name}.tmp")
     fetch(url, archive, folder, sha256)
-    shutil.rmtree(unpacked, ignore_errors=True)  # of one that was stopped here
+    shutil.rmtree(unpacked, ignore_errors=True)  # left by a process that was stopped here
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(unpacked)

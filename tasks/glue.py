@@ -59,7 +59,7 @@ MNLI_DEV = (("", "dev_matched.tsv"), ("_mismatched", "dev_mismatched.tsv"))
 COLA_HEADER = ("source", "label", "mark", "sentence")
 
 # fmt: off
-TASKS = {
+TASKS = {  # folder, columns of the texts and of the label, classes, metrics, archive, SHA-256
     "cola": Task("CoLA", ("sentence",), "label", BINARY, MATTHEWS, "glue/data/CoLA.zip",
                  "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
                  header=COLA_HEADER),
@@ -134,7 +134,7 @@ def read(path, task):
 
 
 def score(text):
-    """A label that is a number."""
+    """The score that a label says."""
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)):
             return number
@@ -142,8 +142,8 @@ def score(text):
 
 
 def fetch_mrpc(folder, url):
-    """GLUE does not publish MRPC's files but which lines of Microsoft's training file are the dev
-    set: makes them of these two, which are downloaded unless they are in the folder."""
+    """Makes MRPC's files. GLUE does not publish them, only which lines of Microsoft's training file
+    are the dev set; both of these are downloaded unless they are in the folder."""
     if (folder / "train.tsv").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ F-measure of the answer. The study compares with one reference drawn at random w
 several (`rouge_l`); Tk-Instruct's script takes the best of all, which stands beside it
 (`rouge_l_best`). There is no dev set; the test tasks are read once, at the end.
 
-As the study: 100 instances drawn from each training task, the first 100 of each test task, no
+As in the study: 100 instances drawn from each training task, the first 100 of each test task, no
 dropout, a constant rate, fp32 (on a GPU its products in TF32); a prompt above the limit loses its
 end. The study's seed is 2137.
 
@@ -92,7 +92,7 @@ def ended(text):
 
 
 def example_text(number, example):
-    """A worked example as the study writes it, with its spaces."""
+    """A worked example as the study writes it, spaces included."""
     source, target = ended(example["input"].strip()), ended(example["output"].strip())
     return f" Positive Example {number} -\nInput: {source}\n Output: {target}\n\n"
 

@@ -26,22 +26,23 @@ URL = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 
 @dataclass(frozen=True)
 class Task:
-    """A task's folder, its classes in the order of their numbers, and (texts, label, group) of each
-    example in an object of its files."""
+    """Where a task's examples are, and how to find them: `examples(object)` gives (texts, label,
+    group) of each example in one JSON object of its files."""
 
     folder: str
-    classes: tuple
+    classes: tuple  # in the order of their numbers
     examples: Callable
     metrics: dict
     sha256: str
 
 
 def fields(*names):
-    """Examples that are an object each, with texts of these names."""
+    """`examples` for objects that are one example each, with texts of these names."""
     return lambda object: [([object[name] for name in names], object["label"], None)]
 
 
 def wsc(object):
+    """One example: a text, and two spans of it that may mean the same."""
     target = object["target"]
     yield [object["text"], target["span1_text"], target["span2_text"]], object["label"], None
 
