@@ -147,13 +147,14 @@ def fetch_mrpc(folder, url):
     if (folder / "train.tsv").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    sources = []
-    for address, sha256 in ((TASKS["mrpc"].archive, TASKS["mrpc"].sha256), MRPC_DEV_IDS):
+
+    def published(address, sha256):
         path = folder / address.rpartition("/")[2]
         fetch(f"{url}/{address}", path, folder, sha256)
-        sources.append([line for _, line in lines(path)])
-    (header, *examples), dev_ids = sources
-    dev_ids = {tuple(line.split("\t")[:2]) for line in dev_ids}
+        return [line for _, line in lines(path)]
+
+    header, *examples = published(TASKS["mrpc"].archive, TASKS["mrpc"].sha256)
+    dev_ids = {tuple(line.split("\t")[:2]) for line in published(*MRPC_DEV_IDS)}
     parts = {"dev": [header], "train": [header]}
     for line in examples:
         is_dev = tuple(line.split("\t")[1:3]) in dev_ids
