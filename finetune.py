@@ -14,6 +14,7 @@ folder of transformers with a T5 (config.json, weights, spiece.model).
 import dataclasses
 import datetime
 import itertools
+import json
 import math
 import time
 import zlib
@@ -391,7 +392,7 @@ def data_checksum(training, evaluated, suite, out, name, data_dir):
     """What tells a task's data from other data; refuses those that other seeds' results of the task
     in `out` are not of. Where every seed draws its own training rows, only their number counts."""
     found = zlib.crc32(repr(len(training)).encode())
-    for row in itertools.chain(training if suite.SAME_ROWS else [], *evaluated.values()):
+    for row in itertools.chain(training if suite.MODEL == "bert" else [], *evaluated.values()):
         found = zlib.crc32(repr((row.texts, row.label, row.group, row.references)).encode(), found)
     for path in sorted(out.glob(f"{name}-seed*.json")):
         if read_record(path).get("data_checksum") != found:
@@ -400,6 +401,40 @@ def data_checksum(training, evaluated, suite, out, name, data_dir):
                 "results recorded it; choose another folder with --out"
             )
     return found
+
+
+def results_of(folder):
+    """(the results of a folder, what is wrong with the files that cannot be read)."""
+    found, problems = [], []
+    for path in sorted(Path(folder).glob("*-seed*.json")):
+        try:
+            result = json.loads(path.read_text())
+            scores = {
+                metric: {kind: float(result[kind][metric]) for kind in ("last", "best")}
+                for metric in result["last"]
+            }
+            identity = dict(result["identity"])
+            if identity["suite"] not in tasks.suites() or not isinstance(
+                identity["untrained"], bool
+            ):
+                raise ValueError(
+                    f"its suite is {identity['suite']!r}, its untrained {identity['untrained']!r}"
+                )
+            found.append(
+                {
+                    "task": result["task"],
+                    "seed": int(result["seed"]),
+                    "identity": identity,
+                    "data_checksum": result.get("data_checksum"),
+                    "training_rows": result.get("training_rows"),
+                    "scores": scores,
+                }
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(
+                f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again"
+            )
+    return found, problems
 
 
 def kind_of(folder):
@@ -515,7 +550,7 @@ def main(arguments=None):
                 path, label = out / f"{name}-seed{seed}.json", f"{name} seed {seed}"
                 started, is_kept = time.perf_counter(), path.exists()
                 is_named = options.data_dir and data_dir.exists()  # then what is kept must be of it
-                if (not is_kept or is_named) and (data is None or not suite.SAME_ROWS):
+                if (not is_kept or is_named) and (data is None or suite.MODEL == "t5"):
                     with locked(data_dir, wait=True):
                         training, evaluated = suite.load(
                             name, data_dir, options.base_url or suite.URL, seed
@@ -574,7 +609,7 @@ def main(arguments=None):
         print0("stopped; what is finished is kept, and the same command goes on with the rest")
         raise
     print0("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
-    results, problems = tasks.results(out)
+    results, problems = results_of(out)
     for name, metrics in tasks.summary(results, suite).items():
         for metric, kinds in metrics.items():
             cells = [tasks.percent(kinds[part].values(), "seed") for part in ("last", "best")]

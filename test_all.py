@@ -3467,86 +3467,59 @@ def random_answers(generator, kind):
     return pair
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 def test_metrics_are_those_of_scikit_learn_and_scipy():
     from scipy import stats
     from sklearn import metrics as oracle
 
     generator = np.random.default_rng(0)
     constant = 0
-    for _ in range(1000):
-        predictions, truths = random_answers(generator, 2)
-        assert metrics.accuracy(predictions, truths) == pytest.approx(
-            oracle.accuracy_score(truths, predictions)
-        )
-        assert metrics.f1(predictions, truths) == pytest.approx(
-            oracle.f1_score(truths, predictions, zero_division=0)
-        )
-        assert metrics.matthews(predictions, truths) == pytest.approx(
-            oracle.matthews_corrcoef(truths, predictions), abs=1e-12
-        )
-        predictions, truths = random_answers(generator, 3)
-        assert metrics.macro_f1(predictions, truths) == pytest.approx(
-            oracle.f1_score(truths, predictions, average="macro", zero_division=0)
-        )
-        predictions, truths = random_answers(generator, "scores")
-        if len(set(predictions)) == 1 or len(set(truths)) == 1:  # scipy: nan
+    for _ in range(300):
+        guessed, true = random_answers(generator, 2)
+        f1 = oracle.f1_score(true, guessed, zero_division=0)
+        matthews = oracle.matthews_corrcoef(true, guessed)
+        assert metrics.accuracy(guessed, true) == pytest.approx(np.mean(guessed == true))
+        assert metrics.f1(guessed, true) == pytest.approx(f1)
+        assert metrics.matthews(guessed, true) == pytest.approx(matthews, abs=1e-12)
+        groups = generator.integers(0, 5, len(true)).tolist()
+        wrong = {group for group, right in zip(groups, guessed == true) if not right}
+        share = 1 - len(wrong) / len(set(groups))
+        assert metrics.exact_match(guessed.tolist(), true.tolist(), groups) == pytest.approx(share)
+        guessed, true = random_answers(generator, 3)
+        f1 = oracle.f1_score(true, guessed, average="macro", zero_division=0)
+        assert metrics.macro_f1(guessed, true) == pytest.approx(f1)
+        guessed, true = random_answers(generator, "scores")
+        if len(set(guessed)) == 1 or len(set(true)) == 1:  # scipy: nan
             constant += 1
-            assert (
-                metrics.pearson(predictions, truths) == metrics.spearman(predictions, truths) == 0.0
-            )
+            pearson = spearman = 0.0
         else:
-            assert metrics.pearson(predictions, truths) == pytest.approx(
-                stats.pearsonr(predictions, truths)[0], abs=1e-12
-            )
-            assert metrics.spearman(predictions, truths) == pytest.approx(
-                stats.spearmanr(predictions, truths)[0], abs=1e-12
-            )
-        predictions, truths, groups = *random_answers(generator, 2), generator.integers(0, 5, 40)
-        groups = groups[: len(truths)].tolist()
-        whole = [
-            all(p == t for p, t, g in zip(predictions, truths, groups) if g == group)
-            for group in set(groups)
-        ]
-        assert metrics.exact_match(predictions.tolist(), truths.tolist(), groups) == pytest.approx(
-            np.mean(whole)
-        )
-    assert constant > 100
+            pearson, spearman = stats.pearsonr(guessed, true)[0], stats.spearmanr(guessed, true)[0]
+        assert metrics.pearson(guessed, true) == pytest.approx(pearson, abs=1e-12)
+        assert metrics.spearman(guessed, true) == pytest.approx(spearman, abs=1e-12)
+    assert constant > 30
 
 
 def test_rouge_is_the_longest_common_subsequence_of_stems():
     from nltk.stem.porter import PorterStemmer
-    from rouge_score.rouge_scorer import RougeScorer
 
     stem = PorterStemmer().stem
 
+    def stems(text):
+        return [stem(word) if len(word) > 3 else word for word in text.lower().split()]
+
     def literal(text, reference):  # Lin 2004, over stems
-        a, b = (
-            [stem(word) if len(word) > 3 else word for word in words.lower().split()]
-            for words in (text, reference)
-        )
+        a, b = stems(text), stems(reference)
         table = np.zeros((len(a) + 1, len(b) + 1), int)
         for i, j in itertools.product(range(len(a)), range(len(b))):
-            table[i + 1, j + 1] = (
-                table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
-            )
+            longer = max(table[i, j + 1], table[i + 1, j])
+            table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else longer
         return 2 * table[-1, -1] / (len(a) + len(b)) if table[-1, -1] else 0.0
 
-    generator, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
-    texts = [
-        " ".join(
-            generator.choices(
-                "cat Cats dogs dog running runs happily happy".split(), k=generator.randint(0, 8)
-            )
-        )
-        for _ in range(2000)
-    ]
+    generator = random.Random(0)
+    words = "cat Cats dogs dog running runs happily happy".split()
+    texts = [" ".join(generator.choices(words, k=generator.randint(0, 8))) for _ in range(1000)]
     for text, reference in zip(texts[::2], texts[1::2]):
-        score = metrics.rouge_l([text], [[reference]])
-        assert (
-            score
-            == pytest.approx(literal(text, reference))
-            == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure)
-        )
+        assert metrics.rouge_l([text], [reference]) == pytest.approx(literal(text, reference))
     # Stems; the best reference; the mean.
     assert metrics.rouge_l(["running dogs", "x"], [["cat", "runs dog"], ["y"]]) == 0.5
 
@@ -3558,182 +3531,102 @@ SENTENCES = [
     "it rained\u2028all day",
     "nobody came .",
 ]
+MNLI_HEADER = (
+    "index|promptID|pairID|genre|sentence1_binary_parse|sentence2_binary_parse|sentence1_parse|"
+    "sentence2_parse|sentence1|sentence2|label1|"
+)
+STSB_HEADER = "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2|score"
+# fmt: off
+GLUE_FILES = [  # folder, header, an example, labels
+    ("CoLA", "", "gj04|{y}||{a}", "0 1"),
+    ("MNLI", MNLI_HEADER + "gold_label", "{n}|1|2|g|()|()|()|()|{a}|{b}|x|{y}",
+     "entailment neutral contradiction"),
+    ("MNLI", MNLI_HEADER + "label2|label3|label4|label5|gold_label",
+     "{n}|1|2|g|()|()|()|()|{a}|{b}|x|x|x|x|x|{y}", "entailment neutral contradiction"),
+    ("MRPC", "Quality|#1 ID|#2 ID|#1 String|#2 String", "{y}|{n}|9|{a}|{b}", "0 1"),
+    ("QNLI", "index|question|sentence|label", "{n}|{a}|{b}|{y}", "entailment not_entailment"),
+    ("QQP", "id|qid1|qid2|question1|question2|is_duplicate", "{n}|1|2|{a}|{b}|{y}", "0 1"),
+    ("RTE", "index|sentence1|sentence2|label", "{n}|{a}|{b}|{y}", "entailment not_entailment"),
+    ("SST-2", "sentence|label", "{a} |{y}", "0 1"),
+    ("STS-B", STSB_HEADER, "{n}|g|f|2012|1|none|none|{a}|{b}|{y}", "0.000 2.5 5.000"),
+    ("WNLI", "index|sentence1|sentence2|label", "{n}|{a}|{b}|{y}", "0 1"),
+]
+# fmt: on
 
 
 def glue_files(folder):
     """All GLUE tasks in their published layout, eight examples each; returns their folder."""
-
-    def write(task, name, header, row, labels, ending="\n", start=""):
-        rows = [
-            row.format(
-                a=f"{name[:-4]} {SENTENCES[n % 4]}",
-                b=SENTENCES[(n + 1) % 4],
-                y=labels[n % len(labels)],
-                n=n,
-            )
-            for n in range(8)
-        ]
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        text = (
-            ending.join(
-                [
-                    *([header.replace(" ", "\t")] if header else []),
-                    *(row.replace("|", "\t") for row in rows),
-                ]
-            )
-            + ending
-        )
-        (folder / task / name).write_bytes((start + text).encode())
-
-    for part in ("train", "dev"):
-        write("CoLA", f"{part}.tsv", "", "gj04|{y}||{a}", "01")
-        write("SST-2", f"{part}.tsv", "sentence label", "{a} |{y}", "01")
-        write(
-            "MRPC",
-            f"{part}.tsv",
-            "Quality #1_ID #2_ID #1_String #2_String".replace("_", "\x00"),
-            "{y}|{n}|9|{a}|{b}",
-            "01",
-            "\r\n",
-            "\ufeff",
-        )
-        write(
-            "QQP",
-            f"{part}.tsv",
-            "id qid1 qid2 question1 question2 is_duplicate",
-            "{n}|1|2|{a}|{b}|{y}",
-            "01",
-        )
-        write(
-            "STS-B",
-            f"{part}.tsv",
-            "index genre filename year old_index source1 source2 sentence1 sentence2 score",
-            "{n}|g|f|2012|1|none|none|{a}|{b}|{y}",
-            ["0.000", "2.5", "5.000"],
-        )
-        write(
-            "QNLI",
-            f"{part}.tsv",
-            "index question sentence label",
-            "{n}|{a}|{b}|{y}",
-            ["entailment", "not_entailment"],
-        )
-        write(
-            "RTE",
-            f"{part}.tsv",
-            "index sentence1 sentence2 label",
-            "{n}|{a}|{b}|{y}",
-            ["entailment", "not_entailment"],
-        )
-        write("WNLI", f"{part}.tsv", "index sentence1 sentence2 label", "{n}|{a}|{b}|{y}", "01")
-    parses = (
-        "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
-        "sentence1_parse sentence2_parse sentence1 sentence2 label1 "
-    )
-    three = ["entailment", "neutral", "contradiction"]
-    write(
-        "MNLI", "train.tsv", parses + "gold_label", "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|{y}", three
-    )
-    for part in ("dev_matched", "dev_mismatched"):
-        write(
-            "MNLI",
-            f"{part}.tsv",
-            parses + "label2 label3 label4 label5 gold_label",
-            "{n}|1|2|g|(a)|(b)|(a)|(b)|{a}|{b}|x|x|x|x|x|{y}",
-            three,
-        )
-    for path in folder.rglob("MRPC/*.tsv"):
-        path.write_bytes(path.read_bytes().replace(b"\x00", b" "))
+    for task, header, example, labels in GLUE_FILES:
+        parts, labels = ["train", "dev"], labels.split()
+        if task == "MNLI":
+            parts = ["dev_matched", "dev_mismatched"] if "label5" in header else ["train"]
+        for part in parts:
+            lines = [header] * bool(header)
+            for n in range(8):
+                a, b = f"{part} {SENTENCES[n % 4]}", SENTENCES[(n + 1) % 4]
+                lines.append(example.format(a=a, b=b, y=labels[n % len(labels)], n=n))
+            text = "".join(line.replace("|", "\t") + "\n" for line in lines)
+            if task == "MRPC":
+                text = "\ufeff" + text.replace("\n", "\r\n")
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            (folder / task / f"{part}.tsv").write_bytes(text.encode())
     return folder
 
 
 def superglue_files(folder):
+    """All tasks of SuperGLUE in their published layout, eight examples each."""
     a, b, c, _ = SENTENCES
-    examples = {
-        "BoolQ": lambda n: {"question": part, "passage": b * 40, "label": n % 2 == 0},
-        "CB": lambda n: {
-            "premise": part,
-            "hypothesis": b,
-            "label": ["entailment", "contradiction", "neutral"][n % 3],
-        },
-        "COPA": lambda n: {
-            "premise": part,
-            "choice1": b,
-            "choice2": c,
-            "question": "cause",
-            "label": n % 2,
-        },
-        "MultiRC": lambda n: {
-            "passage": {
-                "text": part + a * 30,
-                "questions": [
-                    {
-                        "idx": 2 * n + q,
-                        "question": b,
-                        "answers": [{"idx": i, "text": c, "label": (n + i) % 2} for i in range(2)],
-                    }
-                    for q in range(2)
-                ],
-            }
-        },
-        "RTE": lambda n: {
-            "premise": part,
-            "hypothesis": b,
-            "label": ["entailment", "not_entailment"][n % 2],
-        },
-        "WiC": lambda n: {
-            "word": part,
-            "sentence1": a,
-            "sentence2": b,
-            "start1": 0,
-            "label": n % 2 == 0,
-        },
-        "WSC": lambda n: {
-            "text": part,
-            "target": {
-                "span1_text": "cat",
-                "span1_index": 1,
-                "span2_text": "here",
-                "span2_index": 3,
-            },
-            "label": n % 2 == 1,
-        },
-    }
-    for task, example in examples.items():
-        (folder / task).mkdir(parents=True)
-        for part in ("train", "val"):  # which the examples above read
-            (folder / task / f"{part}.jsonl").write_text(
-                "".join(json.dumps({"idx": n} | example(n)) + "\n" for n in range(8))
-            )
+
+    def answers(n):
+        return [{"idx": i, "text": c, "label": (n + i) % 2} for i in range(2)]
+
+    def questions(n):
+        return [{"idx": 2 * n + q, "question": b, "answers": answers(n)} for q in range(2)]
+
+    def examples(n, part):
+        entailed = ["entailment", "contradiction", "neutral"][n % 3]
+        other = ["entailment", "not_entailment"][n % 2]
+        spans = {"span1_text": "cat", "span1_index": 1, "span2_text": "here", "span2_index": 3}
+        choices = {"choice1": b, "choice2": c, "question": "cause"}
+        return {
+            "BoolQ": {"question": part, "passage": b * 40, "label": n % 2 == 0},
+            "CB": {"premise": part, "hypothesis": b, "label": entailed},
+            "COPA": {"premise": part, **choices, "label": n % 2},
+            "MultiRC": {"passage": {"text": part + a * 30, "questions": questions(n)}},
+            "RTE": {"premise": part, "hypothesis": b, "label": other},
+            "WiC": {"word": part, "sentence1": a, "sentence2": b, "start1": 0, "label": n % 2 == 0},
+            "WSC": {"text": part, "target": spans, "label": n % 2 == 1},
+        }
+
+    for part, n in itertools.product(("train", "val"), range(8)):
+        for task, example in examples(n, part).items():
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            with open(folder / task / f"{part}.jsonl", "a") as file:
+                file.write(json.dumps({"idx": n} | example) + "\n")
     return folder
 
 
 def sni_files(folder):
-    def task(name, definition, output, count, ids):
-        instances = [
-            {"input": f"{SENTENCES[n % 4]} {n}", "output": output(n)}
-            | ({"id": f"{name}-{n}"} if ids else {})
-            for n in range(count)
-        ]
-        examples = [
-            {"input": f"in {k}", "output": f"out {k}!", "explanation": "so"} for k in range(3)
-        ]
-        (folder / "tasks").mkdir(parents=True, exist_ok=True)
-        (folder / "tasks" / f"{name}.json").write_text(
-            json.dumps(
-                {
-                    "Definition": definition,
-                    "Positive Examples": examples,
-                    "Negative Examples": [],
-                    "Instances": instances,
-                },
-                indent=1,
-            )
-        )
+    """Two training tasks of 120 and 3 instances, and a test task of 130, as published."""
 
-    task("task1_a", ["Say it again ", "not this"], lambda n: ["yes", "no"][n % 2 :], 120, True)
-    task("task2_b", "Say so!", lambda n: "maybe", 3, False)
-    task("task3_c", ["Tell."], lambda n: ["one", "two", "three"], 130, True)
+    def task(name, definition, outputs):
+        examples = [{"input": f"in {k}", "output": f"out {k}!"} for k in range(3)]
+        instances = [
+            {"id": f"{name}-{n}", "input": f"{SENTENCES[n % 4]} {n}", "output": output}
+            for n, output in enumerate(outputs)
+        ]
+        record = {
+            "Definition": definition,
+            "Positive Examples": examples,
+            "Negative Examples": [],
+            "Instances": instances,
+        }
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(record, indent=1))
+
+    (folder / "tasks").mkdir(parents=True)
+    task("task1_a", ["Say it again ", "not this"], [["yes", "no"], ["no"]] * 60)
+    task("task2_b", "Say so!", ["maybe"] * 3)
+    task("task3_c", ["Tell."], [["one", "two", "three"]] * 130)
     (folder / "splits" / "default").mkdir(parents=True)
     (folder / "splits" / "default" / "train_tasks.txt").write_text("task1_a\ntask2_b\n")
     (folder / "splits" / "default" / "test_tasks.txt").write_text("task3_c\n")
@@ -3827,7 +3720,7 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
             for seed in (0, 1)
         ]
         assert list(
-            tasks.summary(tasks.results(tmp_path / "out")[0], module)["all"]["score"][
+            tasks.summary(finetune.results_of(tmp_path / "out")[0], module)["all"]["score"][
                 "last"
             ].values()
         ) == pytest.approx(expected)
@@ -3876,144 +3769,100 @@ def test_glue_reads_what_is_published(tmp_path, capsys):
     data = glue_files(tmp_path)
     for name, task in glue.TASKS.items():
         training, evaluated = glue.load(name, data)
-        assert len(training) == 8 and list(evaluated) == (
-            ["", "_mismatched"] if name == "mnli" else [""]
-        )
-        for file, rows in [
-            ("train", training),
-            *zip(
-                ["dev_matched", "dev_mismatched"] if name == "mnli" else ["dev"], evaluated.values()
-            ),
-        ]:
+        files = ["train", "dev_matched", "dev_mismatched"] if name == "mnli" else ["train", "dev"]
+        assert list(evaluated) == ["", "_mismatched"][: len(files) - 1]
+        for file, rows in zip(files, [training, *evaluated.values()], strict=True):
             # Quotation marks as they are.
-            assert rows[0].texts == (f"{file} {SENTENCES[0]}", SENTENCES[1])[: len(task.texts)]
-        assert [row.label for row in training[:3]] == {
-            "mnli": [0, 1, 2],
-            "stsb": [0.0, 2.5, 5.0],
-        }.get(name, [0, 1, 0])
+            texts = (f"{file} {SENTENCES[0]}", SENTENCES[1])[: len(task.texts)]
+            assert len(rows) == 8 and rows[0].texts == texts
+        labels = {"mnli": [0, 1, 2], "stsb": [0.0, 2.5, 5.0]}.get(name, [0, 1, 0])
+        assert [row.label for row in training[:3]] == labels
     path = data / "QQP" / "train.tsv"
     path.write_text(path.read_text() + "9\t1\t2\thow\n")
-    assert (
-        len(glue.load("qqp", data)[0]) == 8
-        and "1 lines end early and are left out" in capsys.readouterr().out
-    )
-    path.write_text(path.read_text() + "9\t1\t2\thow\n" * 10)
-    with pytest.raises(UserError, match=r"QQP/train.tsv, line 20: 4 columns, expected 6"):
-        glue.load("qqp", data)
-    for task, file, old, new, message in (
-        (
-            "cola",
-            "CoLA/dev.tsv",
-            "gj04\t1\t",
-            "gj04\t7\t",
-            r"line 2: the label is '7', expected one of 0, 1",
-        ),
-        ("rte", "RTE/train.tsv", "1\ttrain a dog", "a dog", r"line 3: 3 columns, expected 4"),
-        (
-            "stsb",
-            "STS-B/dev.tsv",
-            "\t2.5\n",
-            "\tmuch\n",
-            r"line 3: the label is 'much', expected a number",
-        ),
-        (
-            "mnli",
-            "MNLI/dev_mismatched.tsv",
-            "gold_label",
-            "label",
-            r"line 1: no column 'gold_label'",
-        ),
-    ):
-        whole = (data / file).read_text()
-        assert old in whole
-        (data / file).write_text(whole.replace(old, new, 1))
-        with pytest.raises(UserError, match=message):
-            glue.load(task, data)
-        (data / file).write_text(whole)
-    (data / "SST-2" / "dev.tsv").write_bytes(b"sentence\tlabel\nfine\t1\n\xff\t0\n")
-    with pytest.raises(UserError, match=r"dev.tsv, line 3: not UTF-8"):
-        glue.load("sst2", data)
+    assert len(glue.load("qqp", data)[0]) == 8
+    assert "1 lines end early and are left out" in capsys.readouterr().out
 
 
-def test_superglue_and_sni_name_malformed_lines(tmp_path):
-    data = superglue_files(tmp_path / "superglue")
-    for name in superglue.TASKS:
-        training, evaluated = superglue.load(name, data)
-        assert all(row.texts[0].startswith("train") for row in training) and all(
-            row.texts[0].startswith("val") for row in evaluated[""]
-        )
-    assert superglue.load("copa", data)[0][1].texts == ("train", *SENTENCES[1:3], "cause")
-    training = superglue.load("multirc", data)[0]
-    assert (
-        len(training) == 32
-        and len({row.group for row in training}) == 16
-        and training[0].texts[1:] == (SENTENCES[1], SENTENCES[2])
-    )
-    for name, folder, broken, message in (
-        ("cb", "CB", '{"premise": "a", "label": "neutral"}', r"line 9: no 'hypothesis' in it"),
-        ("boolq", "BoolQ", '{"question": "a", "passage"', r"line 9: "),
-        (
-            "wic",
-            "WiC",
-            '{"word": 1, "sentence1": "a", "sentence2": "b", "label": true}',
-            r"line 9: a text is not a string",
-        ),
-        (
-            "rte",
-            "RTE",
-            '{"premise": "a", "hypothesis": "b", "label": "neutral"}',
-            r"line 9: the label is 'neutral', expected one of entailment, not_entailment",
-        ),
-        (
-            "wsc",
-            "WSC",
-            '{"text": "a", "target": {}, "label": true}',
-            r"line 9: no 'span1_text' in it",
-        ),
-    ):
-        with open(data / folder / "val.jsonl", "a") as file:
-            file.write(broken + "\n")
-        with pytest.raises(UserError, match=message):
-            superglue.load(name, data)
-    data = sni_files(tmp_path / "sni")
+def test_superglue_reads_what_is_published(tmp_path):
+    data = superglue_files(tmp_path)
+    loaded = {name: superglue.load(name, data) for name in superglue.TASKS}
+    for training, evaluated in loaded.values():
+        assert all(row.texts[0].startswith("train") for row in training)
+        assert all(row.texts[0].startswith("val") for row in evaluated[""])
+    labels = {name: [row.label for row in rows[:3]] for name, (rows, _) in loaded.items()}
+    assert labels["cb"] == [0, 1, 2] and labels["boolq"] == [1, 0, 1] and labels["rte"] == [0, 1, 0]
+    assert loaded["copa"][0][1].texts == ("train", *SENTENCES[1:3], "cause")
+    assert loaded["wsc"][0][1].texts == ("train", "cat", "here")
+    answers = loaded["multirc"][0]
+    assert len(answers) == 32 and len({row.group for row in answers}) == 16
+    assert answers[0].texts[1:] == (SENTENCES[1], SENTENCES[2])
+
+
+def test_sni_draws_training_instances_and_keeps_its_test(tmp_path):
+    data = sni_files(tmp_path)
     training, evaluated = sni.load("sni", data)
-    # At most 100 of a task; the test's first 100.
-    assert len(training) == 103 and len(evaluated[""]) == 100
-    assert [row.texts[-1].count(f" {n}.\n") for n, row in enumerate(evaluated[""])] == [1] * 100
+    test = evaluated[""]
+    assert len(training) == 103 and len(test) == 100  # at most 100 of a task; the test's first 100
+    assert all(row.texts[-1].count(f" {n}.\n") == 1 for n, row in enumerate(test))
+    assert {row.label for row in test} == {"one", "two", "three"}
+    assert test[0].references == ("one", "two", "three")
     again, others = sni.load("sni", data), sni.load("sni", data, seed=1)
     assert again == (training, evaluated) and others[0] != training and others[1] == evaluated
-    assert {row.label for row in evaluated[""]} == {"one", "two", "three"} and evaluated[""][
-        0
-    ].references == ("one", "two", "three")
-    path = data / "tasks" / "task3_c.json"
-    whole = path.read_text()
-    for old, new, message in (
-        ('"output": [', '"outptu": [', "task3_c.json, instance 1: no 'output' in it"),
-        ('"input"', '"input', "task3_c.json, line "),
-        ('"Definition"', '"D"', "no 'Definition' in it"),
-    ):
-        path.write_text(whole.replace(old, new))
-        with pytest.raises(UserError, match=message):
-            sni.load("sni", data)
 
 
-def test_sni_without_instances_is_a_message(tmp_path):
-    data = sni_files(tmp_path)
-    path = data / "tasks" / "task3_c.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"Instances": []}))
-    with pytest.raises(UserError, match="test_tasks.txt have no instance"):
-        sni.load("sni", data)
-    path.write_text(
-        json.dumps(
-            {
-                "Definition": [3],
-                "Positive Examples": [],
-                "Instances": [{"input": "a", "output": "b"}],
-            }
-        )
-    )
-    with pytest.raises(UserError, match="task3_c.json, Definition: not in the format"):
-        sni.load("sni", data)
+def test_rows_have_a_checksum():
+    rows = [tasks.Row(("a", "b"), 1), tasks.Row(("c",), "d", (1, 2), ("d", "e"))]
+    changes = [{"texts": ("c", "")}, {"label": 0}, {"group": (1, 3)}, {"references": ("d",)}]
+    others = [[rows[0], dataclasses.replace(rows[1], **change)] for change in changes]
+    sums = {tasks.checksum(one) for one in (rows, rows[::-1], rows[:1], *others)}
+    assert len(sums) == 7 and tasks.checksum(list(rows)) == tasks.checksum(rows)
+
+
+# fmt: off
+@pytest.mark.parametrize("suite, task, file, old, new, message", [
+    ("glue", "cola", "CoLA/dev.tsv", "gj04\t1\t", "gj04\t7\t",
+     "CoLA/dev.tsv, line 2: the label is '7', expected one of 0, 1"),
+    ("glue", "cola", "CoLA/dev.tsv", None, "", "dev.tsv: no example in it"),
+    ("glue", "rte", "RTE/train.tsv", "1\ttrain a dog", "a dog", "line 3: 3 columns, expected 4"),
+    ("glue", "qqp", "QQP/dev.tsv", "is_duplicate\n", "is_duplicate\n" + "9\t1\t2\thow\n" * 11,
+     "line 12: 4 columns, expected 6"),
+    ("glue", "stsb", "STS-B/dev.tsv", "\t2.5\n", "\tmuch\n",
+     "line 3: the label is 'much', expected a number"),
+    ("glue", "stsb", "STS-B/dev.tsv", "\t2.5\n", "\tnan\n", "line 3: the label is 'nan'"),
+    ("glue", "stsb", "STS-B/train.tsv", "\t5.000\n", "\t-inf\n", "line 4: the label is '-inf'"),
+    ("glue", "mnli", "MNLI/dev_mismatched.tsv", "gold_label", "label",
+     "line 1: no column 'gold_label'"),
+    ("glue", "sst2", "SST-2/dev.tsv", "a dog", "\udcff dog", "line 3: 'utf-8' codec can't decode"),
+    ("superglue", "cb", "CB/val.jsonl", '"hypothesis"', '"h"', "line 1: no 'hypothesis' in it"),
+    ("superglue", "boolq", "BoolQ/val.jsonl", '"passage":', '"passage"', "line 1: Expecting ':'"),
+    ("superglue", "wic", "WiC/val.jsonl", '"word": "val"', '"word": 1',
+     "line 1: a text is not a string"),
+    ("superglue", "rte", "RTE/train.jsonl", '"label": "not_', '"label": "un_',
+     "line 2: the label is 'un_entailment', expected one of entailment, not_entailment"),
+    ("superglue", "wsc", "WSC/val.jsonl", '"span1_text"', '"s"', "line 1: no 'span1_text' in it"),
+    ("superglue", "multirc", "MultiRC/val.jsonl", '"questions": [', '"questions": 5, "q": [',
+     "line 1: not as published .*int"),
+    ("sni", "sni", "tasks/task3_c.json", '"output": [', '"outptu": [',
+     "task3_c.json, instance 1: no 'output' in it"),
+    ("sni", "sni", "tasks/task3_c.json", '"one"', "1", "instance 1: a text is not a string"),
+    ("sni", "sni", "tasks/task3_c.json", '"output": [', '"output": [], "o": [',
+     "instance 1: not as published"),
+    ("sni", "sni", "tasks/task3_c.json", '"input"', '"input', "task3_c.json is damaged: .* line "),
+    ("sni", "sni", "tasks/task3_c.json", '"Definition"', '"D"', "there is no Definition in it"),
+    ("sni", "sni", "tasks/task3_c.json", '"Tell."', "3", "Definition: not as published"),
+    ("sni", "sni", "tasks/task3_c.json", '"Instances": [', '"Instances": [], "I": [',
+     "test_tasks.txt: no example in it"),
+    ("sni", "sni", "splits/default/test_tasks.txt", "c", "d", "task3_d.json: no such file"),
+])
+# fmt: on
+def test_a_malformed_file_is_named_with_its_line(tmp_path, suite, task, file, old, new, message):
+    path = FILES[suite](tmp_path) / file
+    whole = path.read_bytes()
+    old = whole if old is None else old.encode()
+    assert old in whole
+    path.write_bytes(whole.replace(old, new.encode(errors="surrogateescape"), 1))
+    with pytest.raises(UserError, match=message):
+        tasks.find(suite).load(task, tmp_path)
 
 
 def test_snis_prompt_is_the_studys(tmp_path):
@@ -4023,11 +3872,8 @@ def test_snis_prompt_is_the_studys(tmp_path):
         f" Positive Example {k + 1} -\nInput: in {k}.\n Output: out {k}!\n\n" for k in range(2)
     ]
     query = "Now complete the following example -\nInput: a dog said 'so' 1.\nOutput: "
-    for limit, fitting in (
-        (1000, examples),
-        (len(start + examples[0] + query), examples[:1]),
-        (10, []),
-    ):
+    room_for_one = len(start + examples[0] + query)
+    for limit, fitting in ((1000, examples), (room_for_one, examples[:1]), (10, [])):
         assert sni.prompt(row, len, limit) == start + "".join(fitting) + query
 
 
@@ -4199,104 +4045,72 @@ def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monk
 
 def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
-    files, served = tmp_path / "files", tmp_path / "served"
-    served.mkdir()
-    glue_files(files), sni_files(files / "natural-instructions-2.8")
-    for archive, folder in (
-        ("glue/data/SST-2.zip", "SST-2"),
-        ("v2.8.zip", "natural-instructions-2.8"),
-    ):
-        (served / archive).parent.mkdir(parents=True, exist_ok=True)
-        shutil.make_archive(served / archive.removesuffix(".zip"), "zip", files, folder)
-    header, *rows = (
-        (files / "MRPC" / "train.tsv").read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    )
-    original = "\ufeff" + "\r\n".join([header, *rows]) + "\r\n"
+    files, served, data = tmp_path / "files", tmp_path / "served", tmp_path / "data"
+    ours = glue_files(files), sni_files(files / "natural-instructions-2.8")
+    for archive, folder in (("glue/data/SST-2", "SST-2"), ("v2.8", "natural-instructions-2.8")):
+        shutil.make_archive(served / archive, "zip", files, folder)
     (served / "senteval/senteval_data").mkdir(parents=True)
-    (served / glue.TASKS["mrpc"].archive).write_bytes(original.encode())
+    shutil.copy(files / "MRPC" / "train.tsv", served / glue.TASKS["mrpc"].archive)
     (served / glue.MRPC_DEV_IDS[0]).write_text("0\t9\n5\t9\n")
     server = serve(served)
     url = f"http://127.0.0.1:{server.server_port}"
+
+    def digest(path):
+        return hashlib.sha256((served / path).read_bytes()).hexdigest()
+
     try:
         with pytest.raises(
             UserError, match=r"SST-2.zip: damaged \(its SHA-256 is .* after 3 tries.*--data_dir"
         ):
-            glue.load("sst2", tmp_path / "data", url)
-
-        def digest(path):
-            return hashlib.sha256((served / path).read_bytes()).hexdigest()
-
-        monkeypatch.setitem(
-            glue.TASKS,
-            "sst2",
-            dataclasses.replace(glue.TASKS["sst2"], sha256=digest("glue/data/SST-2.zip")),
-        )
-        monkeypatch.setitem(
-            glue.TASKS,
-            "mrpc",
-            dataclasses.replace(glue.TASKS["mrpc"], sha256=digest(glue.TASKS["mrpc"].archive)),
-        )
-        monkeypatch.setattr(
-            glue, "MRPC_DEV_IDS", (glue.MRPC_DEV_IDS[0], digest(glue.MRPC_DEV_IDS[0]))
-        )
-        assert glue.load("sst2", tmp_path / "data", url) == glue.load("sst2", files)
-        training, evaluated = glue.load("mrpc", tmp_path / "data", url)
-        assert sorted(path.name for path in (tmp_path / "data" / "MRPC").iterdir()) == [
-            "dev.tsv",
-            "mrpc_dev_ids.tsv",
-            "msr_paraphrase_train.txt",
-            "train.tsv",
-        ]
-        everything = glue.read(files / "MRPC" / "train.tsv", glue.TASKS["mrpc"])
-        assert [everything[0], everything[5]] == evaluated[""] and training == [
-            row for n, row in enumerate(everything) if n not in (0, 5)
-        ]
-        assert sni.load("sni", tmp_path / "sni", f"{url}/v2.8.zip") == sni.load(
-            "sni", files / "natural-instructions-2.8"
-        )
-        # It is there now.
-        assert sni.load("sni", tmp_path / "sni", "no address") == sni.load(
-            "sni", files / "natural-instructions-2.8"
-        )
-        assert sorted(
-            path.name for folder in ("data", "sni") for path in (tmp_path / folder).iterdir()
-        ) == ["MRPC", "SST-2", "natural-instructions"]
-        (tmp_path / "data" / "CB").mkdir()
+            glue.load("sst2", data, url)
+        for name in ("sst2", "mrpc"):
+            task = glue.TASKS[name]
+            task = dataclasses.replace(task, sha256=digest(task.archive))
+            monkeypatch.setitem(glue.TASKS, name, task)
+        ids = glue.MRPC_DEV_IDS[0]
+        monkeypatch.setattr(glue, "MRPC_DEV_IDS", (ids, digest(ids)))
+        assert glue.load("sst2", data, url) == glue.load("sst2", files)
+        everything = glue.load("mrpc", files)[0]
+        training, evaluated = glue.load("mrpc", data, url)
+        assert evaluated[""] == [everything.pop(5), everything.pop(0)][::-1]
+        assert training == everything
+        for address in (f"{url}/v2.8.zip", "no address"):  # the second time it is there
+            assert sni.load("sni", tmp_path / "sni", address) == sni.load("sni", ours[1])
+        (data / "CB").mkdir()
         with pytest.raises(UserError, match="404"):
-            superglue.load("cb", tmp_path / "data", url)
+            superglue.load("cb", data, url)
     finally:
         server.shutdown()
         server.server_close()
-    with pytest.raises(
-        UserError, match="CB.zip: .*run the same command again.*or put the published files into"
+    assert sorted(path.name for path in data.iterdir()) == ["CB", "MRPC", "SST-2"]
+    assert [path.name for path in (tmp_path / "sni").iterdir()] == ["natural-instructions"]
+    made = ["dev.tsv", "mrpc_dev_ids.tsv", "msr_paraphrase_train.txt", "train.tsv"]
+    assert sorted(path.name for path in (data / "MRPC").iterdir()) == made
+    for address, message in (
+        (url, "CB.zip: .*run the same command again.*or put the published files into"),
+        ("no address", "unknown url type: .*or put the published files into"),
     ):
-        superglue.load("cb", tmp_path / "data", url)
-    (tmp_path / "data" / "CB" / "readme").write_text("")
+        with pytest.raises(UserError, match=message):
+            superglue.load("cb", data, address)
+    (data / "CB" / "readme").write_text("")
     with pytest.raises(UserError, match="has files in it, but no train.jsonl"):
-        superglue.load("cb", tmp_path / "data", url)
+        superglue.load("cb", data, url)
 
 
-def test_files_that_are_there_are_verified_too(tmp_path):
-    (tmp_path / "CoLA.zip").write_text("half of it")
-    with pytest.raises(
-        UserError, match=r"CoLA.zip is not as published: its SHA-256 is .*; remove it"
-    ):
-        glue.load("cola", tmp_path, "no address")
-    (tmp_path / "natural-instructions.zip").write_text("half of it")
-    with pytest.raises(
-        UserError, match=r"natural-instructions.zip is not as published: not a whole zip file"
-    ):
-        sni.load("sni", tmp_path, "no address")
-    (tmp_path / "MRPC").mkdir()
-    (tmp_path / "MRPC" / "msr_paraphrase_train.txt").write_text("")
-    with pytest.raises(UserError, match=r"msr_paraphrase_train.txt is not as published"):
-        glue.load("mrpc", tmp_path, "no address")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "CoLA.zip",
-        "MRPC",
-        "msr_paraphrase_train.txt",
-        "natural-instructions.zip",
-    ]
+@pytest.mark.parametrize(
+    "suite, task, file, message",
+    [
+        (glue, "cola", "CoLA.zip", "its SHA-256 is .*; remove it"),
+        (glue, "mrpc", "MRPC/msr_paraphrase_train.txt", "its SHA-256 is"),
+        (sni, "sni", "natural-instructions.zip", "not a whole zip file"),
+    ],
+)
+def test_a_download_that_is_there_is_verified_too(tmp_path, suite, task, file, message):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("half of it")
+    with pytest.raises(UserError, match=f"{file} is not as published: {message}"):
+        suite.load(task, tmp_path, "no address")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / file]
 
 
 def test_fine_tuning_waits_for_who_is_at_its_files(finished_runs, tmp_path, capsys):

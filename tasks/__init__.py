@@ -2,23 +2,23 @@
 
 A suite is a file `tasks/NAME.py` with
 
-    MODEL       "bert" or "t5": whose suite it is
+    MODEL       "bert" or "t5": which model the suite is for
     RECIPE      the study's hyper-parameters, a `Recipe`
     TASKS       {name: task}; a task has `metrics`, {name: function(predictions, rows)}
     DEFAULT     the tasks of a run without --task
     AVERAGED    what the suite's score is the mean of: (task, metric) pairs
     URL         where the files are published
-    SAME_ROWS   whether the training rows are the same for every seed
-    load(task, data_dir, url, seed)  (training rows, {suffix of the metrics' names: rows to evaluate
-    on})
+    load(task, data_dir, url, seed)
+                (training rows, {suffix of the metrics' names: rows to evaluate on}); downloads
+                what is missing
 
 For T5 a task also has `prompt(row, count_tokens, limit)`, the text that is read.
 """
 
+import contextlib
+import functools
 import hashlib
 import importlib
-import json
-import os
 import shutil
 import statistics
 import zipfile
@@ -38,7 +38,7 @@ class Recipe:
     epochs: int
     batch: int
     max_length: int  # tokens that a row reads, special ones included
-    seeds: tuple
+    seeds: tuple = (0, 1, 2)
     schedule: str = "cosine"  # after the warm-up: cosine to zero, or constant
     warmup_share: float = 0.0  # of the task's own updates
     beta1: float = 0.9
@@ -61,14 +61,15 @@ class Row:
     group: object = None  # MultiRC: the question that the answer belongs to
     references: tuple = ()
 
+    def __post_init__(self):
+        if not all(isinstance(text, str) for text in (*self.texts, *self.references)):
+            raise ValueError("a text is not a string")
+
 
 def suites():
     """Names of the suites: the files beside this one that hold one."""
-    return sorted(
-        path.stem
-        for path in Path(__file__).parent.glob("*.py")
-        if path.stem not in ("__init__", "metrics")
-    )
+    files = Path(__file__).parent.glob("*.py")
+    return sorted({path.stem for path in files} - {"__init__", "metrics"})
 
 
 def find(name):
@@ -78,53 +79,114 @@ def find(name):
     return importlib.import_module(f"tasks.{name}")
 
 
-def of_labels(metric):
-    """A metric of (predictions, truths) as one of (predictions, rows)."""
-    return lambda predictions, rows: metric(predictions, [row.label for row in rows])
+def of_rows(metric, *fields):
+    """A metric of predictions and these fields of the rows, as a function of both."""
+
+    def score(predictions, rows):
+        columns = [[getattr(row, field) for row in rows] for field in fields]
+        return metric(predictions, *columns)
+
+    return score
 
 
-def lines(path):
-    """(number, text) of every line. Only a line feed ends one: texts hold other characters that
-    Python would split at."""
+# -- Reading ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming(place):
+    """Turns what is raised about a malformed file into a UserError that names the place."""
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield (
-                        number,
-                        line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"),
-                    )
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})"
-                    ) from None
+        yield
+    except KeyError as error:
+        raise UserError(f"{place}: no {error} in it") from None
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    except (TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{place}: not as published ({error})") from None
+
+
+def lines(path, first=1):
+    """(number, text) of every line from number `first` on. Only a line feed ends a line: texts hold
+    other characters that Python would split at."""
+    try:
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file; --data_dir names a folder with the suite's files as they are "
-            "published"
+            f"{path}: no such file; --data_dir names a folder with the suite's files as published"
         ) from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if number >= first:
+                with naming(f"{path}, line {number}"):
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.rstrip("\r\n")
 
 
-def check_published(sha256=None):
-    """A check for `download`: the file has this SHA-256; without one it is a zip file with whole
-    members."""
+def read_rows(path, parse, first=1):
+    """The rows of a file: `parse(line)` gives those of one line. What it raises about a line
+    becomes a UserError that names file and line."""
+    rows = []
+    for number, line in lines(path, first):
+        with naming(f"{path}, line {number}"):
+            rows += parse(line)
+    if not rows:
+        raise UserError(f"{path}: no example in it")
+    return rows
 
-    def check(path):
-        if sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+
+def class_of(label, classes):
+    """The number of the class that a label names."""
+    if label not in classes:
+        expected = ", ".join(map(str, classes))
+        raise ValueError(f"the label is {label!r}, expected one of {expected}")
+    return classes.index(label)
+
+
+def checksum(rows):
+    """A CRC-32 of all that is in rows, to tell them from other rows."""
+    found = 0
+    for row in rows:
+        found = zlib.crc32(repr((row.texts, row.label, row.group, row.references)).encode(), found)
+    return found
+
+
+# -- Downloading -----------------------------------------------------------------------------------
+
+
+def check_published(path, sha256=None):
+    """Raises ValueError unless a file has this SHA-256; without one, unless it is a whole zip."""
+    if sha256:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != sha256:
             raise ValueError(f"its SHA-256 is {found}, that of the published file {sha256}")
-        try:
-            if not sha256 and zipfile.ZipFile(path).testzip():
-                raise ValueError("a member of the zip file is damaged")
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:  # what damage in one makes
-            raise ValueError(f"not a whole zip file: {error}") from None
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            damage = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        damage = error
+    if damage:
+        raise ValueError(f"not a whole zip file: {damage}")
 
-    return check
+
+def fetch(url, path, folder, sha256=None):
+    """Downloads a published file unless it is there, and checks it. Without a network it says what
+    to put into `folder`."""
+    check = functools.partial(check_published, sha256=sha256)
+    if path.exists():
+        try:
+            return check(path)
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not as published: {error}; remove it, and it is downloaded"
+            ) from None
+    print(f"{path} is not there; downloading {url}")
+    try:
+        download(url, path, check)
+    except (UserError, ValueError) as error:  # ValueError: not a URL
+        raise UserError(
+            f"{error}; or put the published files into {folder} yourself (see --data_dir)"
+        ) from None
 
 
 def fetch_zip(url, folder, needed, sha256=None):
@@ -138,78 +200,23 @@ def fetch_zip(url, folder, needed, sha256=None):
             "be there"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    archive, unpacked = (
-        folder.with_name(f"{folder.name}.zip"),
-        folder.with_name(f"{folder.name}.{os.getpid()}.tmp"),
-    )
+    archive = folder.with_name(f"{folder.name}.zip")
+    unpacked = folder.with_name(f"{folder.name}.tmp")
     fetch(url, archive, folder, sha256)
+    shutil.rmtree(unpacked, ignore_errors=True)  # left by a process that was stopped here
     try:
         with zipfile.ZipFile(archive) as file:
-            members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
-            file.extractall(unpacked, members)
-        tops = {name.partition("/")[0] for name in members}
-        if folder.exists() and not any(folder.iterdir()):
+            file.extractall(unpacked)
+        tops = [path for path in unpacked.iterdir() if path.name != "__MACOSX"]
+        if folder.exists():
             folder.rmdir()
-        if not folder.exists():  # or another process was here first, on a system without locks
-            (unpacked / tops.pop() if len(tops) == 1 else unpacked).rename(folder)
+        (tops[0] if len(tops) == 1 else unpacked).rename(folder)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
-    archive.unlink(missing_ok=True)
+    archive.unlink()
 
 
-def fetch(url, path, folder, sha256=None):
-    """Downloads a published file, unless it is there, and checks it; without a network it says what
-    to do."""
-    check = check_published(sha256)
-    if path.exists():
-        try:
-            return check(path)
-        except ValueError as error:
-            raise UserError(
-                f"{path} is not as published: {error}; remove it, and it is downloaded"
-            ) from None
-    print(f"{path} is not there; downloading {url}")
-    try:
-        download(url, path, check)
-    except UserError as error:
-        raise UserError(
-            f"{error}; or put the published files into {folder} yourself (see --data_dir)"
-        ) from None
-
-
-# -- Results: files TASK-seedS.json, written by finetune.py ----------------------------------------
-
-
-def results(folder):
-    """(the results of a folder, what is wrong with the files that cannot be read)."""
-    found, problems = [], []
-    for path in sorted(Path(folder).glob("*-seed*.json")):
-        try:
-            result = json.loads(path.read_text())
-            scores = {
-                metric: {kind: float(result[kind][metric]) for kind in ("last", "best")}
-                for metric in result["last"]
-            }
-            identity = dict(result["identity"])
-            if identity["suite"] not in suites() or not isinstance(identity["untrained"], bool):
-                raise ValueError(
-                    f"its suite is {identity['suite']!r}, its untrained {identity['untrained']!r}"
-                )
-            found.append(
-                {
-                    "task": result["task"],
-                    "seed": int(result["seed"]),
-                    "identity": identity,
-                    "data_checksum": result.get("data_checksum"),
-                    "training_rows": result.get("training_rows"),
-                    "scores": scores,
-                }
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(
-                f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again"
-            )
-    return found, problems
+# -- Scores of several seeds -----------------------------------------------------------------------
 
 
 def summary(results, suite):

@@ -24,9 +24,8 @@ def f1(predictions, truths, positive=1):
 
 def macro_f1(predictions, truths):
     """The mean F1 over the classes that occur, predicted or true."""
-    return float(
-        np.mean([f1(predictions, truths, label) for label in np.union1d(predictions, truths)])
-    )
+    classes = np.union1d(predictions, truths)
+    return float(np.mean([f1(predictions, truths, label) for label in classes]))
 
 
 def matthews(predictions, truths):
@@ -69,15 +68,15 @@ def rouge_l(predictions, references):
 
     Args:
         predictions: texts.
-        references: for each a list of texts, one at least.
+        references: for each a text, or several of which the best counts.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError("Rouge-L needs one more package: pip install rouge-score") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = [
-        max(scorer.score(one, text)["rougeL"].fmeasure for one in several)
-        for text, several in zip(predictions, references)
-    ]
+    best = []
+    for text, several in zip(predictions, references):
+        several = [several] if isinstance(several, str) else several
+        best.append(max(scorer.score(one, text)["rougeL"].fmeasure for one in several))
     return float(np.mean(best))

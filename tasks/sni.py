@@ -6,7 +6,7 @@ F-measure of the answer. The study compares with one reference drawn at random w
 several (`rouge_l`); Tk-Instruct's script takes the best of all, which stands beside it
 (`rouge_l_best`). There is no dev set; the test tasks are read once, at the end.
 
-As the study: 100 instances drawn from each training task, the first 100 of each test task, no
+As in the study: 100 instances drawn from each training task, the first 100 of each test task, no
 dropout, a constant rate, fp32 (on a GPU its products in TF32); a prompt above the limit loses its
 end. The study's seed is 2137.
 
@@ -18,36 +18,26 @@ natural-instructions repository; what is downloaded, its release 2.8, comes into
 DATA_DIR/natural-instructions.
 """
 
-import json
 import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from errors import UserError
-from tasks import Recipe, Row, fetch_zip, lines
+from runs import read_record
+from tasks import Recipe, Row, fetch_zip, naming, of_rows, read_rows
 from tasks.metrics import rouge_l
 
 MODEL = "t5"
 RECIPE = Recipe(
-    lr=5e-5,
-    epochs=2,
-    batch=8,
-    max_length=1024,
-    seeds=(2137,),
-    schedule="constant",
-    target_length=128,
-    evaluate_every_epoch=False,
-    dtype="fp32",
-)
+    lr=5e-5, epochs=2, batch=8, max_length=1024, target_length=128, seeds=(2137,),
+    schedule="constant", evaluate_every_epoch=False, dtype="fp32",
+)  # fmt: skip
 URL = "https://github.com/allenai/natural-instructions/archive/refs/tags/v2.8.zip"
-SAME_ROWS = False  # the seed draws them
-INSTANCES = 100  # of a task, at most
-EXAMPLES = 2  # in a prompt, at most
-
-
 DEFAULT = ("sni",)
 AVERAGED = (("sni", "rouge_l"),)
+INSTANCES = 100  # of a task, at most
+EXAMPLES = 2  # in a prompt, at most
+PARTS = {"Definition": (str, list), "Positive Examples": list, "Instances": list}
 
 
 def load(name, data_dir, url=URL, seed=0):
@@ -58,72 +48,42 @@ def load(name, data_dir, url=URL, seed=0):
     if not (data_dir / "tasks").exists():
         data_dir = data_dir / "natural-instructions"
         fetch_zip(url, data_dir, "tasks")
-    training, test = (
-        [row for task in split(data_dir, part) for row in read(data_dir, task, part, seed)]
-        for part in ("train", "test")
-    )
-    for part, rows in (("train", training), ("test", test)):
-        if not rows:
-            raise UserError(
-                f"{data_dir}: the tasks of splits/default/{part}_tasks.txt have no instance"
-            )
-    return training, {"": test}
+    return read(data_dir, "train", seed), {"": read(data_dir, "test")}
 
 
-def split(data_dir, part):
-    """Names of the tasks of the default English split."""
-    names = [
-        line.strip() for _, line in lines(data_dir / "splits" / "default" / f"{part}_tasks.txt")
-    ]
-    if not any(names):
-        raise UserError(f"{data_dir / 'splits' / 'default' / f'{part}_tasks.txt'}: no task in it")
-    return [name for name in names if name]
+def read(data_dir, part, seed=None):
+    """The rows of all tasks of one part, train or test, of the default English split."""
+
+    def parse(line):
+        task = line.strip()
+        return task_rows(data_dir / "tasks" / f"{task}.json", seed) if task else []
+
+    return read_rows(data_dir / "splits" / "default" / f"{part}_tasks.txt", parse)
 
 
-def read(data_dir, task, part, seed):
-    """The rows of one task's file."""
-    path = data_dir / "tasks" / f"{task}.json"
-    text = "\n".join(line for _, line in lines(path))
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
-    place = "Definition"
-    try:
+def task_rows(path, seed):
+    """The rows of one task's file, `INSTANCES` at most: drawn with the seed or, without one, the
+    first ones. The reference that is the label is drawn too, without a seed always the same."""
+    content = read_record(path, PARTS)
+    with naming(f"{path}, Definition"):
         definition = content["Definition"]
         text = definition if isinstance(definition, str) else definition[0]
         start = f"Definition: {ended(text.strip())}\n\n"
-        place = "Positive Examples"
-        examples = tuple(
-            example_text(number, one)
-            for number, one in enumerate(content["Positive Examples"][:EXAMPLES], 1)
-        )
-        place, instances = "Instances", content["Instances"]
-        draw = random.Random(f"{seed} {task}")
-        if part == "train":
-            chosen = draw.sample(range(len(instances)), min(INSTANCES, len(instances)))
-        else:
-            # The same test for every seed.
-            chosen, draw = (
-                range(min(INSTANCES, len(instances))),
-                random.Random(task),
-            )
-        rows = []
-        for index in chosen:
-            place = f"instance {index + 1}"
-            output = instances[index]["output"]
+    with naming(f"{path}, Positive Examples"):
+        chosen = enumerate(content["Positive Examples"][:EXAMPLES], 1)
+        examples = [example_text(number, example) for number, example in chosen]
+    instances = list(enumerate(content["Instances"], 1))
+    draw = random.Random(path.stem if seed is None else f"{seed} {path.stem}")
+    if seed is not None:
+        instances = draw.sample(instances, min(INSTANCES, len(instances)))
+    rows = []
+    for number, instance in instances[:INSTANCES]:
+        with naming(f"{path}, instance {number}"):
+            texts = (start, *examples, query_text(instance["input"]))
+            output = instance["output"]
             references = (output,) if isinstance(output, str) else tuple(output)
-            if not references or not all(isinstance(reference, str) for reference in references):
-                raise TypeError("its output is neither a text nor texts")
-            texts = (start, *examples, query_text(instances[index]["input"]))
             rows.append(Row(texts, draw.choice(references), references=references))
-        return rows
-    except KeyError as error:
-        raise UserError(f"{path}, {place}: no {error} in it") from None
-    except (TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{path}, {place}: not in the format of natural-instructions ({error})"
-        ) from None
+    return rows
 
 
 def ended(text):
@@ -132,7 +92,7 @@ def ended(text):
 
 
 def example_text(number, example):
-    """A worked example as the study writes it, with its spaces."""
+    """A worked example as the study writes it, spaces included."""
     source, target = ended(example["input"].strip()), ended(example["output"].strip())
     return f" Positive Example {number} -\nInput: {source}\n Output: {target}\n\n"
 
@@ -161,16 +121,5 @@ class Task:
     metrics: dict
 
 
-TASKS = {
-    "sni": Task(
-        prompt,
-        {
-            "rouge_l": lambda predictions, rows: rouge_l(
-                predictions, [[row.label] for row in rows]
-            ),
-            "rouge_l_best": lambda predictions, rows: rouge_l(
-                predictions, [row.references for row in rows]
-            ),
-        },
-    )
-}
+METRICS = {"rouge_l": of_rows(rouge_l, "label"), "rouge_l_best": of_rows(rouge_l, "references")}
+TASKS = {"sni": Task(prompt, METRICS)}
