@@ -6,15 +6,15 @@
     python finetune.py runs/NAME --suite=glue --untrained          without pre-training, to compare
 
 Every task and seed starts from the run's weights and ends in a file,
-runs/NAME/finetuned/SUITE/TASK-seedS.json: the scores after every epoch, the last ones, and the
-best. What is finished is kept: the same command goes on where it was stopped. RUN may also be a
-folder of transformers with a T5 (config.json, weights, spiece.model).
+runs/NAME/finetuned/SUITE/TASK-seedS-ID.json: the scores after every epoch, the last ones, and the
+best. Its id is a hash of weights, recipe and data. What is finished is kept: the same command goes
+on where it was stopped. RUN may also be a folder of transformers with a T5 (config.json, weights,
+spiece.model).
 """
 
 import dataclasses
 import datetime
 import itertools
-import json
 import math
 import time
 import zlib
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import model as models
 import tasks
+from data.corpus import load_meta
 from data.prepare import (
     SPECIAL_TOKENS,
     TOKENIZERS,
@@ -41,15 +42,35 @@ from data.prepare import (
     load_tokenizer,
 )
 from errors import UserError, exits_on_user_error, explains_out_of_memory
-from flags import Parser
+from flags import Option, Parser
 from parallel import print0
-from runs import CONFIG, ROOT, git_commit, is_a, locked, read_record, relative_path, write_json
+from runs import (
+    CONFIG,
+    ROOT,
+    check_record,
+    git_commit,
+    identify,
+    locked,
+    read_record,
+    relative_path,
+    status,
+    write_json,
+)
 
 SEEDS = 2**32  # torch and NumPy take no more
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
 CLASSIFIER_WIDTH = 1024  # of the study's layer between the encoder and the classes, at every size
 ROWS_AT_ONCE = 16  # in evaluation; changes speed and memory only
-RECIPE_FLAGS = ("lr", "epochs", "batch", "max_length", "dropout", "dtype")
+RECIPE_FLAGS = {
+    "lr": Option(None, "peak learning rate (the study's)", kind=float, minimum=0),
+    "epochs": Option(None, "passes over the training rows (the study's)", kind=int, minimum=1),
+    "batch": Option(None, "rows an update (the study's)", kind=int, minimum=1),
+    "max_length": Option(None, "tokens that a row reads (the study's)", kind=int, minimum=8),
+    "dropout": Option(
+        None, "share of activations dropped (the study's)", kind=float, minimum=0, maximum=0.9999999
+    ),
+    "dtype": Option(None, "precision (sni: fp32; else bf16 on a GPU)", ("fp32", "bf16"), kind=str),
+}
 
 
 # -- Two kinds of learners, one interface: `encode` a row; `batch`, `loss`, `predictions` ----------
@@ -171,31 +192,48 @@ KINDS = {"bert": Classifier, "t5": Writer}
 # -- What a run gives: a model and its tokenizer ---------------------------------------------------
 
 
-def is_transformers(folder):
-    """Whether a folder's config.json is one of transformers, not one of ours."""
-    return "model_type" in read_record(folder / "config.json")
+def kind_of(folder):
+    """ "bert" or "t5": which model a finished run, or a folder of transformers, holds."""
+    path = folder / "config.json"
+    config = read_record(path)
+    if config.get("model_type") == "t5":
+        return "t5"
+    if "model_type" in config or "id" not in config:
+        raise UserError(f"{path} is neither one of a run nor one of transformers with a T5")
+    check_record(config, CONFIG | {"config": {"model": str}}, path)
+    if status(folder) != "finished":
+        raise UserError(f"{folder} is not finished; go on with: python train.py --resume={folder}")
+    return config["config"]["model"]
 
 
-def load_run(folder, device, dropout, untrained, seed):
+def weights_checksum(folder):
+    """CRC-32 of the file with the weights."""
+    for name in ("model.pt", "model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return zlib.crc32((folder / name).read_bytes())
+    raise UserError(
+        f"{folder}: no weights here (model.pt; of transformers model.safetensors or "
+        "pytorch_model.bin, in one file)"
+    )
+
+
+def load_run(folder, dropout, untrained, seed):
     """(model, tokenizer) of a finished run, or of a folder of transformers; `untrained`: with new
     weights from the seed."""
-    if is_transformers(folder):
-        model = models.load_transformers(folder, device, dropout=dropout)
-        try:
-            tokenizer = SentencePieceTokenizer.load(folder / "spiece.model")
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{folder}/spiece.model: no SentencePiece model of T5 ({error})"
-            ) from None
-        if tokenizer.size != model.config.vocabulary_size:
-            raise UserError(
-                f"{folder}: its tokenizer has {tokenizer.size} tokens, its weights "
-                f"{model.config.vocabulary_size}"
-            )
+    if status(folder) == "finished":
+        model = models.load(folder / "model.pt", "cpu", dropout=dropout)
+        tokenizer = tokenizer_of(folder)
     else:
-        model, tokenizer = (
-            models.load(folder / "model.pt", device, dropout=dropout),
-            tokenizer_of(folder),
+        model = models.load_transformers(folder, "cpu", dropout=dropout)
+        path = folder / "spiece.model"
+        try:
+            tokenizer = SentencePieceTokenizer.load(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: no SentencePiece model of T5 ({error})") from None
+    if tokenizer.size != model.config.vocabulary_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.size} tokens, its weights "
+            f"{model.config.vocabulary_size}"
         )
     if untrained:
         torch.manual_seed(seed)
@@ -213,10 +251,7 @@ def tokenizer_of(folder):
     corpus = Path(config["data"])
     if not (corpus / "meta.json").exists():
         corpus = corpus_folder(config["data"], config["model"], config["vocabulary"])
-    if (
-        not (corpus / "meta.json").exists()
-        or read_record(corpus / "meta.json")["checksum"] != stored["corpus"]
-    ):
+    if not (corpus / "meta.json").exists() or load_meta(corpus)["checksum"] != stored["corpus"]:
         raise UserError(
             f"{folder} has no tokenizer in it, and {relative_path(corpus)} is not (or no longer) "
             "the corpus that it was trained on; prepare that one again"
@@ -270,14 +305,13 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
         training, evaluated: rows, and {suffix of the metrics' names: rows}.
         label: what the progress bar says.
     """
-    encoded, *others = (
-        [learner.encode(row) for row in tqdm(rows, f"{label}, encoding", leave=False, disable=None)]
-        for rows in (training, *evaluated.values())
-    )
-    evaluated = {
-        suffix: (rows, its_encoded)
-        for (suffix, rows), its_encoded in zip(evaluated.items(), others)
-    }
+
+    def encode(rows):
+        rows = tqdm(rows, f"{label}, encoding", leave=False, disable=None)
+        return [learner.encode(row) for row in rows]
+
+    encoded = encode(training)
+    evaluated = {suffix: (rows, encode(rows)) for suffix, rows in evaluated.items()}
     batch = min(recipe.batch, len(training))
     per_epoch = len(training) // batch  # the last, incomplete batch is dropped, as the study
     updates, update, epochs = recipe.epochs * per_epoch, 0, []
@@ -333,127 +367,94 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
 
 def recipe_of(suite, typed):
     """The suite's recipe with what was typed over it."""
-    recipe = dataclasses.replace(
-        suite.RECIPE, **{name: typed[name] for name in RECIPE_FLAGS if typed.get(name) is not None}
-    )
-    if recipe.dtype is None:
-        recipe = dataclasses.replace(
-            recipe, dtype="bf16" if typed["device"].startswith("cuda") else "fp32"
-        )
-    if (
-        not recipe.lr >= 0
-        or min(recipe.epochs, recipe.batch) < 1
-        or recipe.max_length < 8
-        or not 0 <= recipe.dropout < 1
-    ):
+    changes = {name: typed[name] for name in RECIPE_FLAGS if typed[name] is not None}
+    recipe = dataclasses.replace(suite.RECIPE, **changes)
+    fastest = "bf16" if typed["device"].startswith("cuda") else "fp32"
+    return dataclasses.replace(recipe, dtype=recipe.dtype or fastest)
+
+
+def seeds_of(text):
+    """The seeds of a list that is joined by commas."""
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if not 0 <= min(seeds) <= max(seeds) < SEEDS:
         raise UserError(
-            f"--lr={recipe.lr:g} --epochs={recipe.epochs} --batch={recipe.batch} "
-            f"--max_length={recipe.max_length} --dropout={recipe.dropout:g}: "
-            "expected a rate of at least 0, epochs and batch from 1, a length from 8, a dropout "
-            "from 0 to below 1"
+            f"--seeds={text}: expected whole numbers from 0 to below {SEEDS}, joined by commas"
         )
-    return recipe
+    return seeds
 
 
-def identity_of(folder, options, recipe):
-    """What all results of one folder have in common: which weights, and how they are fine-tuned."""
-    files = [
-        path
-        for path in (
-            folder / name for name in ("model.pt", "model.safetensors", "pytorch_model.bin")
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all tasks and seeds of a command have in common."""
+
+    folder: Path  # of the run
+    kind: str  # of its model
+    suite_name: str
+    recipe: tasks.Recipe
+    untrained: bool
+    data_dir: Path
+    url: str
+    device: str
+    out: Path
+
+    def run(self, task_name, seed):
+        """One task with one seed, unless its result is there; returns the result."""
+        suite, started = tasks.find(self.suite_name), time.perf_counter()
+        with locked(self.data_dir, wait=True):
+            training, evaluated = suite.load(task_name, self.data_dir, self.url, seed)
+        evaluated_rows = list(itertools.chain(*evaluated.values()))
+        recipe = dataclasses.asdict(self.recipe)
+        del recipe["seeds"]
+        result = {
+            "suite": self.suite_name,
+            "task": task_name,
+            "seed": seed,
+            "untrained": self.untrained,
+            "weights": weights_checksum(self.folder),
+            "recipe": recipe,
+            "data": {
+                "training_rows": len(training),
+                "data_checksum": tasks.checksum(evaluated_rows),
+            },
+        }
+        result_id = identify(result, tasks.checksum(training))
+        path = self.out / f"{task_name}-seed{seed}-{result_id}.json"
+        label = f"{task_name} seed {seed}"
+        if path.exists():
+            print0(f"  {label}: kept")
+            return tasks.read_result(path)
+        model, tokenizer = load_run(self.folder, self.recipe.dropout, self.untrained, seed)
+        model.autocast_dtype = models.DTYPES[self.recipe.dtype]
+        torch.manual_seed(seed)  # of the classifier
+        task = suite.TASKS[task_name]
+        learner = KINDS[self.kind](model, tokenizer, task, self.recipe).to(self.device)
+        epochs = finetune(learner, task, training, evaluated, self.recipe, seed, self.device, label)
+        last = epochs[-1]["scores"]
+        best = {metric: max(epoch["scores"][metric] for epoch in epochs) for metric in last}
+        result |= {
+            "id": result_id,
+            "last": last,
+            "best": best,
+            "epochs": epochs,
+            "evaluated_rows": len(evaluated_rows),
+            "seconds": time.perf_counter() - started,
+            "run": relative_path(self.folder),
+            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+            "commit": git_commit(),
+            "device": rst.device_name(self.device),
+            "torch": torch.__version__,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+        scores = (
+            f"{metric} {100 * score:.1f} (best epoch {100 * best[metric]:.1f})"
+            for metric, score in last.items()
         )
-        if path.exists()
-    ]
-    if not files:
-        raise UserError(
-            f"{folder}: no weights here (model.safetensors or pytorch_model.bin, in one file)"
-        )
-    recipe = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "seeds"}
-    return {
-        "suite": options.suite,
-        "weights": zlib.crc32(files[0].read_bytes()),
-        "untrained": options.untrained,
-    } | recipe
-
-
-def check_results(out, identity):
-    """Refuses a folder that holds results of other weights, or of another recipe."""
-    for path in sorted(out.glob("*-seed*.json")):
-        theirs = read_record(path).get("identity", {})
-        for name, ours in identity.items():
-            if theirs.get(name) != ours:
-                raise UserError(
-                    f"{relative_path(path)} is of another recipe or model: its {name} is "
-                    f"{theirs.get(name)}, now it is {ours}; choose another folder with --out"
-                )
-
-
-def data_checksum(training, evaluated, suite, out, name, data_dir):
-    """What tells a task's data from other data; refuses those that other seeds' results of the task
-    in `out` are not of. Where every seed draws its own training rows, only their number counts."""
-    found = zlib.crc32(repr(len(training)).encode())
-    for row in itertools.chain(training if suite.MODEL == "bert" else [], *evaluated.values()):
-        found = zlib.crc32(repr((row.texts, row.label, row.group, row.references)).encode(), found)
-    for path in sorted(out.glob(f"{name}-seed*.json")):
-        if read_record(path).get("data_checksum") != found:
-            raise UserError(
-                f"{relative_path(path)} is of other data than {data_dir} has now, or from before "
-                "results recorded it; choose another folder with --out"
-            )
-    return found
-
-
-def results_of(folder):
-    """(the results of a folder, what is wrong with the files that cannot be read)."""
-    found, problems = [], []
-    for path in sorted(Path(folder).glob("*-seed*.json")):
-        try:
-            result = json.loads(path.read_text())
-            scores = {
-                metric: {kind: float(result[kind][metric]) for kind in ("last", "best")}
-                for metric in result["last"]
-            }
-            identity = dict(result["identity"])
-            if identity["suite"] not in tasks.suites() or not isinstance(
-                identity["untrained"], bool
-            ):
-                raise ValueError(
-                    f"its suite is {identity['suite']!r}, its untrained {identity['untrained']!r}"
-                )
-            found.append(
-                {
-                    "task": result["task"],
-                    "seed": int(result["seed"]),
-                    "identity": identity,
-                    "data_checksum": result.get("data_checksum"),
-                    "training_rows": result.get("training_rows"),
-                    "scores": scores,
-                }
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(
-                f"{path} is damaged ({type(error).__name__}: {error}); remove it and make it again"
-            )
-    return found, problems
-
-
-def kind_of(folder):
-    """ "bert" or "t5": which model a finished run, or a folder of transformers, holds."""
-    config = read_record(folder / "config.json")
-    if config.get("model_type") == "t5":
-        return "t5"
-    kind = config["config"].get("model") if is_a(config.get("config"), dict) else None
-    if kind not in KINDS:
-        raise UserError(
-            f"{folder}/config.json is neither one of a run nor one of transformers with a T5"
-        )
-    if not (folder / "model.pt").exists():
-        raise UserError(
-            f"{folder}: its model.pt is missing"
-            if (folder / "result.json").exists()
-            else f"{folder} is not finished; go on with: python train.py --resume={folder}"
-        )
-    return kind
+        print0(f"  {label}: {', '.join(scores)} in {result['seconds']:.0f} s")
+        return result
 
 
 @exits_on_user_error
@@ -463,159 +464,71 @@ def main(arguments=None):
         "run", help="the folder of a finished run, or one of transformers with a T5"
     )
     parser.add_argument("--suite", required=True, help=", ".join(tasks.suites()))
-    parser.add_argument(
-        "--task", help="some of its tasks, joined by commas (all; of glue without wnli)"
-    )
-    parser.add_argument(
-        "--data_dir",
-        help="folder of the suite's files as published; what is missing is downloaded (data/SUITE)",
-    )
-    parser.add_argument("--base_url", help="where they are downloaded from (their publisher)")
-    parser.add_argument(
-        "--seeds", help="joined by commas (the suite's: glue and superglue 0,1,2; sni 2137)"
-    )
-    parser.add_argument(
-        "--untrained", action="store_true", help="start from new weights in place of the run's"
-    )
-    for name, kind, help in (
-        ("lr", float, "peak learning rate"),
-        ("epochs", int, "passes over the training rows"),
-        ("batch", int, "rows an update"),
-        ("max_length", int, "tokens that a row reads"),
-        ("dropout", float, "share of activations dropped in training"),
+    for name, help in (
+        ("task", "some of its tasks, joined by commas (all; of glue without wnli)"),
+        ("data_dir", "folder of the published files; what is missing is downloaded (data/SUITE)"),
+        ("base_url", "where they are downloaded from (their publisher)"),
+        ("seeds", "joined by commas (the suite's: glue and superglue 0,1,2; sni 2137)"),
+        ("out", "folder of the results (RUN/finetuned/SUITE)"),
     ):
-        parser.add_argument(f"--{name}", type=kind, help=f"{help} (the study's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="precision (sni: fp32; else bf16 on a GPU)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    parser.add_argument(
-        "--out", help="folder of the results (RUN/finetuned/SUITE, with -untrained)"
-    )
+        parser.add(name, Option(None, help, kind=str))
+    parser.add("untrained", Option(False, "start from new weights in place of the run's"))
+    for name, option in RECIPE_FLAGS.items():
+        parser.add(name, option)
+    parser.add("device", Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"))
+    parser.add("threads", Option(0, "CPU threads; 0: torch's choice", minimum=0))
     options = parser.parse_args(arguments)
-    suite, folder, device = tasks.find(options.suite), Path(options.run), options.device
-    rst.check_device(device)
-    if options.threads < 0:
-        raise UserError(f"--threads={options.threads}: expected at least 0")
+    suite, folder = tasks.find(options.suite), Path(options.run)
+    rst.check_device(options.device)
     recipe = recipe_of(suite, vars(options))
+    seeds = seeds_of(options.seeds) if options.seeds else recipe.seeds
     chosen = options.task.split(",") if options.task else suite.DEFAULT
     if unknown := [name for name in chosen if name not in suite.TASKS]:
         raise UserError(f"--task={unknown[0]}: {options.suite} has {', '.join(suite.TASKS)}")
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else recipe.seeds
-        if not 0 <= min(seeds) <= max(seeds) < SEEDS:
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"--seeds={options.seeds}: expected whole numbers from 0 to below {SEEDS}, joined by "
-            "commas"
-        ) from None
     kind = kind_of(folder)
     if kind != suite.MODEL:
         raise UserError(f"--suite={options.suite} is for {suite.MODEL}; {folder} is a {kind}")
     rst.prepare_machine(options.threads)
-    data_dir = Path(options.data_dir) if options.data_dir else ROOT / "data" / options.suite
-    out = (
-        Path(options.out)
-        if options.out
-        else folder / "finetuned" / (options.suite + ("-untrained" if options.untrained else ""))
-    )
-    identity = identity_of(folder, options, recipe)
-    check_results(out, identity)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out}: a file, expected a folder")
     # What is damaged or missing is named before anything is downloaded.
-    model, _ = load_run(folder, "cpu", recipe.dropout, options.untrained, 0)
+    model, _ = load_run(folder, recipe.dropout, options.untrained, seed=0)
     if kind == "bert" and recipe.max_length > model.config.max_length:
         raise UserError(
             f"--max_length={recipe.max_length}: this model reads at most {model.config.max_length} "
             "tokens"
         )
     del model
-    print0(
-        f"{relative_path(folder)}{', untrained,' if options.untrained else ''} on "
-        f"{', '.join(chosen)} of {options.suite}; results in {relative_path(out)}"
+    job = Job(
+        folder,
+        kind,
+        options.suite,
+        recipe,
+        options.untrained,
+        data_dir=Path(options.data_dir or ROOT / "data" / options.suite),
+        url=options.base_url or suite.URL,
+        device=options.device,
+        out=Path(options.out or folder / "finetuned" / options.suite),
     )
+    untrained = ", untrained," if options.untrained else ""
     print0(
-        f"  recipe   lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup_share:g}, batch "
-        f"{recipe.batch}, {recipe.epochs} epochs, "
-        f"dropout {recipe.dropout:g}, at most {recipe.max_length} tokens, {recipe.dtype}, seeds "
-        f"{', '.join(map(str, seeds))}"
+        f"{relative_path(folder)}{untrained} on {', '.join(chosen)} of {options.suite}; results in "
+        f"{relative_path(job.out)}"
+    )
+    settings = dataclasses.asdict(recipe) | {"seeds": ", ".join(map(str, seeds))}
+    print0("  recipe   " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    too_small = (
+        f"with --batch={recipe.batch} --max_length={recipe.max_length}: this device is too small "
+        "for the recipe"
     )
     try:
-        for name in chosen:
-            data = None
-            for seed in seeds:
-                path, label = out / f"{name}-seed{seed}.json", f"{name} seed {seed}"
-                started, is_kept = time.perf_counter(), path.exists()
-                is_named = options.data_dir and data_dir.exists()  # then what is kept must be of it
-                if (not is_kept or is_named) and (data is None or suite.MODEL == "t5"):
-                    with locked(data_dir, wait=True):
-                        training, evaluated = suite.load(
-                            name, data_dir, options.base_url or suite.URL, seed
-                        )
-                    data = data_checksum(training, evaluated, suite, out, name, data_dir)
-                if is_kept:
-                    print0(f"  {label}: kept")
-                    continue
-                out.mkdir(parents=True, exist_ok=True)
-                model, tokenizer = load_run(folder, "cpu", recipe.dropout, options.untrained, seed)
-                model.autocast_dtype = models.DTYPES[recipe.dtype]
-                torch.manual_seed(seed)  # of the classifier
-                learner = KINDS[kind](model, tokenizer, suite.TASKS[name], recipe)
-                with explains_out_of_memory(
-                    f"with --batch={recipe.batch} --max_length={recipe.max_length}: this device is "
-                    "too small for the recipe"
-                ):
-                    epochs = finetune(
-                        learner.to(device),
-                        suite.TASKS[name],
-                        training,
-                        evaluated,
-                        recipe,
-                        seed,
-                        device,
-                        label,
-                    )
-                last, seconds = epochs[-1]["scores"], time.perf_counter() - started
-                best = {metric: max(epoch["scores"][metric] for epoch in epochs) for metric in last}
-                write_json(
-                    path,
-                    {
-                        "task": name,
-                        "seed": seed,
-                        "run": relative_path(folder),
-                        "identity": identity,
-                        "data_checksum": data,
-                        "last": last,
-                        "best": best,
-                        "epochs": epochs,
-                        "training_rows": len(training),
-                        "evaluated_rows": sum(map(len, evaluated.values())),
-                        "seconds": seconds,
-                        "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-                        "commit": git_commit(),
-                        "device": rst.device_name(device),
-                        "torch": torch.__version__,
-                    },
-                )
-                shown_scores = (
-                    f"{metric} {100 * score:.1f} (best epoch {100 * best[metric]:.1f})"
-                    for metric, score in last.items()
-                )
-                print0(f"  {label}: {', '.join(shown_scores)} in {seconds:.0f} s")
+        with explains_out_of_memory(too_small):
+            results = [job.run(name, seed) for name in chosen for seed in seeds]
     except KeyboardInterrupt:
         print0("stopped; what is finished is kept, and the same command goes on with the rest")
         raise
     print0("\n| task | metric | last epoch | best epoch |\n|---|---|---|---|")
-    results, problems = results_of(out)
-    for name, metrics in tasks.summary(results, suite).items():
-        for metric, kinds in metrics.items():
-            cells = [tasks.percent(kinds[part].values(), "seed") for part in ("last", "best")]
-            print0(f"| {name} | {metric} | {' | '.join(cells)} |")
-    for problem in problems:
-        print0(problem)
+    for (name, metric), kinds in tasks.summary(results, suite).items():
+        cells = [tasks.percent(kinds[part].values(), "seed") for part in ("last", "best")]
+        print0(f"| {name} | {metric} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -97,48 +97,45 @@ class Run:
 
 def read_scores(folder):
     """(what finetune.py left in a run's folder, as `Run.scores`; what is wrong with it)."""
-    by_recipe, weights, problems, scores = collections.defaultdict(list), set(), [], {}
-    for place in sorted(path for path in (folder / "finetuned").glob("*") if path.is_dir()):
-        results, damaged = tasks.results(place)
-        problems += damaged
-        for result in results:
-            recipe = dict(result["identity"])
-            weights.add(recipe.pop("weights", None))
-            by_recipe[
-                recipe.pop("suite"), recipe.pop("untrained"), json.dumps(recipe, sort_keys=True)
-            ].append(result)
+    results, problems, scores = [], [], {}
+    for path in sorted((folder / "finetuned").rglob("*-seed*.json")):
+        try:
+            results.append(tasks.read_result(path))
+        except UserError as error:
+            problems.append(str(error))
+    weights = {result["weights"] for result in results}
     if len(weights) > 1:
-        return {}, [
-            *problems,
+        problems.append(
             f"{folder / 'finetuned'}: its results are of {len(weights)} different weights, so none "
-            "of them is shown",
-        ]
-    for (suite, untrained, recipe), results in by_recipe.items():
-        module, by_data = tasks.find(suite), collections.defaultdict(list)
-        for result in results:
-            by_data[
-                result["task"],
-                json.dumps({name: result[name] for name in ("training_rows", "data_checksum")}),
-            ].append(result)
-        averaged = sorted(key for key in by_data if key[0] in {task for task, _ in module.AVERAGED})
-        groups = [(data, [task], own) for (task, data), own in by_data.items()]
-        # Or two data of one task: there is no mean of the suite.
-        if len(averaged) == len({task for task, _ in averaged}):
-            groups.append(
-                (
-                    json.dumps({"data_checksum": zlib.crc32(repr(averaged).encode())}),
-                    ["all"],
-                    results,
-                )
-            )
-        for data, shown, own in groups:
-            for task, metrics in tasks.summary(own, module).items():
-                scores |= {
-                    Score(suite, task, metric, untrained, recipe, data): kinds
-                    for metric, kinds in metrics.items()
-                    if task in shown
-                }
+            "of them is shown"
+        )
+        return {}, problems
+    kinds = grouped(results, lambda one: (one["suite"], one["untrained"], as_key(one["recipe"])))
+    for (suite, untrained, recipe), alike in kinds.items():
+        module = tasks.find(suite)
+        by_data = grouped(alike, lambda one: (one["task"], as_key(one["data"])))
+        for (_, data), own in by_data.items():
+            for (task, metric), found in tasks.summary(own, module).items():
+                scores[Score(suite, task, metric, untrained, recipe, data)] = found
+        averaged = sorted(key for key in by_data if key[0] in dict(module.AVERAGED))
+        # With two kinds of data of one task there is no mean of the suite.
+        if len(averaged) == len(dict(averaged)):
+            data = as_key({"data_checksum": zlib.crc32(repr(averaged).encode())})
+            if mean := tasks.summary(alike, module).get(("all", "score")):
+                scores[Score(suite, "all", "score", untrained, recipe, data)] = mean
     return scores, problems
+
+
+def grouped(items, key):
+    """{key(item): the items that have it}"""
+    groups = collections.defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def as_key(record):
+    return json.dumps(record, sort_keys=True)
 
 
 def read(folder):

@@ -109,6 +109,12 @@ def small_run(corpus_folder, out, *flags):
     ]
 
 
+def result_of(folder, name):
+    """What finetune.py wrote for a task and a seed."""
+    (path,) = Path(folder).glob(f"{name}-*.json")
+    return json.loads(path.read_text())
+
+
 def log_of(folder):
     records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [r for r in records if "loss" in r], [r for r in records if "validation_loss" in r]
@@ -3694,7 +3700,7 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
     output = capsys.readouterr().out
     for name, task in module.TASKS.items():
         for seed in (0, 1):
-            result = json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text())
+            result = result_of(tmp_path / "out", f"{name}-seed{seed}")
             names = [
                 metric + suffix
                 for suffix in ({"": 0, "_mismatched": 0} if name == "mnli" else {"": 0})
@@ -3711,7 +3717,7 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
         assert f"| {name} | " in output
     if suite != "sni":
         results = {
-            (name, seed): json.loads((tmp_path / "out" / f"{name}-seed{seed}.json").read_text())
+            (name, seed): result_of(tmp_path / "out", f"{name}-seed{seed}")
             for name in module.TASKS
             for seed in (0, 1)
         }
@@ -3719,50 +3725,22 @@ def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys
             np.mean([results[name, seed]["last"][metric] for name, metric in module.AVERAGED])
             for seed in (0, 1)
         ]
-        assert list(
-            tasks.summary(finetune.results_of(tmp_path / "out")[0], module)["all"]["score"][
-                "last"
-            ].values()
-        ) == pytest.approx(expected)
+        mean = tasks.summary(results.values(), module)["all", "score"]["last"]
+        assert list(mean.values()) == pytest.approx(expected)
         # Trained alone it scores the same: nothing is left over from the tasks before it.
         third = list(module.TASKS)[2]
         finetune.main([*flags, f"--task={third}", f"--out={tmp_path / 'alone'}", "--seeds=1"])
-        assert (
-            json.loads((tmp_path / "alone" / f"{third}-seed1.json").read_text())["epochs"]
-            == results[third, 1]["epochs"]
-        )
-    for changed, message in (
-        (["--lr=1"], "its lr is"),
-        (["--untrained"], "its untrained is False, now it is True"),
-    ):
-        with pytest.raises(SystemExit):
-            finetune.main([*flags, *changed])
-        assert f"is of another recipe or model: {message}" in capsys.readouterr().err
-    first = list(module.TASKS)[0]
-    path = tmp_path / "out" / f"{first}-seed0.json"
-    found = path.read_text()
-    path.write_text(
-        json.dumps(
-            {name: value for name, value in json.loads(found).items() if name != "data_checksum"}
-        )
-    )
-    with pytest.raises(SystemExit):
-        finetune.main([*flags, "--seeds=2", f"--task={first}"])
-    assert f"{first}-seed0.json is of other data than" in capsys.readouterr().err
-    path.write_text(found)
-    load, seeds = module.load, ["--seeds=2"] if suite == "sni" else ["--seeds=0,1", "--seeds=2"]
-    changed = (
-        (lambda rows: rows[1:])
-        if suite == "sni"
-        else (lambda rows: [dataclasses.replace(rows[0], texts=("other",)), *rows[1:]])
-    )
-    monkeypatch.setattr(
-        module, "load", lambda *arguments: (changed(load(*arguments)[0]), load(*arguments)[1])
-    )
-    for flag in seeds:  # to make one, and where all is kept
-        with pytest.raises(SystemExit):
-            finetune.main([*flags, flag, f"--task={first}"])
-        assert "is of other data than" in capsys.readouterr().err
+        alone = result_of(tmp_path / "alone", f"{third}-seed1")
+        assert alone["epochs"] == results[third, 1]["epochs"]
+    # Another recipe, other weights or other data: another result.
+    first, load = list(module.TASKS)[0], module.load
+    one = [*flags, "--seeds=0", f"--task={first}"]
+    for changed in (["--lr=1e-3"], ["--untrained"]):
+        finetune.main([*one, *changed])
+    monkeypatch.setattr(module, "load", lambda *place: (load(*place)[0][1:], load(*place)[1]))
+    finetune.main(one)
+    assert "kept" not in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob(f"{first}-seed0-*.json"))) == 4
 
 
 def test_glue_reads_what_is_published(tmp_path, capsys):
@@ -3878,7 +3856,7 @@ def test_snis_prompt_is_the_studys(tmp_path):
 
 
 def test_a_row_reads_all_its_texts_and_is_cut_at_the_longest(finished_runs):
-    bert, tokenizer = finetune.load_run(finished_runs["bert"], "cpu", 0.1, False, 0)
+    bert, tokenizer = finetune.load_run(finished_runs["bert"], 0.1, False, 0)
     assert bert.config.dropout == 0.1
     recipe = dataclasses.replace(glue.RECIPE, max_length=16)
     learner = finetune.Classifier(bert, tokenizer, glue.TASKS["rte"], recipe)
@@ -3913,7 +3891,7 @@ def test_fine_tunings_rate_is_that_of_transformers():
 def test_neighbours_and_batch_size_change_no_prediction(
     finished_runs, tmp_path, monkeypatch, model
 ):
-    loaded, tokenizer = finetune.load_run(finished_runs[model], "cpu", 0.1, False, 0)
+    loaded, tokenizer = finetune.load_run(finished_runs[model], 0.1, False, 0)
     nn.init.normal_(loaded.embedding, std=1.0)  # so that predictions differ
     rows = [tasks.Row((words_text(seed, 3 + 9 * (seed % 4)),), seed % 2) for seed in range(12)]
     if model == "bert":
@@ -3962,7 +3940,7 @@ def test_fine_tuning_learns_and_starts_anew_for_every_task(finished_runs):
     recipe = dataclasses.replace(glue.RECIPE, lr=1e-3, epochs=4, batch=8)
     found = []
     for _ in range(2):
-        bert, tokenizer = finetune.load_run(finished_runs["bert"], "cpu", 0.1, False, 0)
+        bert, tokenizer = finetune.load_run(finished_runs["bert"], 0.1, False, 0)
         torch.manual_seed(0)
         learner = finetune.Classifier(bert, tokenizer, task, recipe)
         found.append(
@@ -3977,20 +3955,20 @@ def test_a_run_carries_its_tokenizer(finished_runs, corpus_folder, tmp_path):
     assert finetune.tokenizer_of(run).vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
     (run / "tokenizer.json").unlink()  # as a run of an earlier version: its corpus has it
     assert finetune.tokenizer_of(run).vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
-    result = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps(result | {"corpus": "of another text"}))
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(stored | {"corpus": "of another text"}))
     with pytest.raises(UserError, match="no tokenizer in it"):
         finetune.tokenizer_of(run)
-    pretrained, _ = finetune.load_run(finished_runs["bert"], "cpu", 0.0, False, 0)
-    untrained, _ = finetune.load_run(finished_runs["bert"], "cpu", 0.0, True, 0)
+    pretrained, _ = finetune.load_run(finished_runs["bert"], 0.0, False, 0)
+    untrained, _ = finetune.load_run(finished_runs["bert"], 0.0, True, 0)
     assert not torch.equal(pretrained.embedding, untrained.embedding)
     assert untrained.embedding.std().item() == pytest.approx(0.02 * 3**0.5, rel=0.02)
     for seed, same in ((0, True), (1, False)):
-        again, _ = finetune.load_run(finished_runs["bert"], "cpu", 0.0, True, seed)
+        again, _ = finetune.load_run(finished_runs["bert"], 0.0, True, seed)
         assert torch.equal(again.embedding, untrained.embedding) is same
 
 
-def test_untrained_results_have_a_folder_of_their_own(finished_runs, tmp_path, capsys):
+def test_untrained_results_stand_apart(finished_runs, tmp_path, capsys):
     run, data = (
         shutil.copytree(finished_runs["bert"], tmp_path / "run"),
         glue_files(tmp_path / "data"),
@@ -4006,13 +3984,9 @@ def test_untrained_results_have_a_folder_of_their_own(finished_runs, tmp_path, c
     ]
     finetune.main(flags)
     finetune.main([*flags, "--untrained"])
-    results = [
-        json.loads((run / "finetuned" / name / "sst2-seed3.json").read_text())
-        for name in ("glue", "glue-untrained")
-    ]
-    assert [result["identity"]["untrained"] for result in results] == [False, True] and results[0][
-        "epochs"
-    ] != results[1]["epochs"]
+    paths = (run / "finetuned" / "glue").glob("sst2-seed3-*.json")
+    one, other = (json.loads(path.read_text()) for path in paths)
+    assert one["untrained"] != other["untrained"] and one["epochs"] != other["epochs"]
     report.main([str(run)])
     assert (
         "| method | glue sst2 accuracy | glue untrained sst2 accuracy |" in capsys.readouterr().out
@@ -4020,7 +3994,7 @@ def test_untrained_results_have_a_folder_of_their_own(finished_runs, tmp_path, c
 
 
 def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monkeypatch):
-    t5, _ = finetune.load_run(finished_runs["t5"], "cpu", 0.0, False, 0)
+    t5, _ = finetune.load_run(finished_runs["t5"], 0.0, False, 0)
     models.save_transformers(t5, tmp_path / "theirs")
     shutil.copy(finished_runs["t5"] / "tokenizer.model", tmp_path / "theirs" / "spiece.model")
     monkeypatch.setattr(sni, "INSTANCES", 4)
@@ -4037,9 +4011,7 @@ def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monk
                 "--threads=2",
             ]
         )
-    ours, theirs = (
-        json.loads((tmp_path / out / "sni-seed2137.json").read_text()) for out in ("ours", "same")
-    )
+    ours, theirs = (result_of(tmp_path / out, "sni-seed2137") for out in ("ours", "same"))
     assert ours["epochs"] == theirs["epochs"]
 
 
@@ -4136,7 +4108,7 @@ def test_fine_tuning_waits_for_who_is_at_its_files(finished_runs, tmp_path, caps
             raise AssertionError("it did not wait")
         assert not (tmp_path / "out").exists()
     other.join(60)
-    assert done and (tmp_path / "out" / "rte-seed0.json").exists()
+    assert done and result_of(tmp_path / "out", "rte-seed0")
 
 
 def test_who_misses_the_same_files_waits(tmp_path, capsys):
@@ -4173,9 +4145,9 @@ def test_who_misses_the_same_files_waits(tmp_path, capsys):
             ["--suite=glue", f"--seeds={2**32}"],
             f"--seeds={2**32}: expected whole numbers from 0 to below {2**32}",
         ),
-        (["--suite=glue", "--dropout=1"], "a dropout from 0 to below 1"),
+        (["--suite=glue", "--dropout=1"], "--dropout=1.0: expected a number from 0 to"),
         (["--suite=glue", "--device=gpu"], "expected cpu, cuda or cuda:NUMBER"),
-        (["--suite=glue", "--threads=-1"], "expected at least 0"),
+        (["--suite=glue", "--threads=-1"], "--threads=-1: expected a number of at least 0"),
         (
             ["--suite=glue", "--task=rte", "--max_length=600", "--data_dir=GLUE"],
             "--max_length=600: this model reads at most 512 tokens",
@@ -4201,7 +4173,7 @@ def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, 
 
 def test_only_a_finished_run_is_fine_tuned(finished_runs, tmp_path, capsys):
     for missing, message in (
-        ("model.pt", "its model.pt is missing"),
+        ("model.pt", "no weights here"),
         ("*t*", "is not finished; go on with"),
     ):
         run = shutil.copytree(
@@ -4252,26 +4224,16 @@ def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
 def write_score(folder, seed, score, data=1, weights=5, untrained=False, task="rte", **recipe):
     """A result of finetune.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    identity = {"suite": "glue", "weights": weights, "untrained": untrained, "lr": 0.001} | recipe
     metrics = [
         metric + suffix
         for suffix in (("", "_mismatched") if task == "mnli" else ("",))
         for metric in glue.TASKS[task].metrics
     ]
     last, best = ({metric: score + more for metric in metrics} for more in (0.0, 0.1))
-    (folder / f"{task}-seed{seed}.json").write_text(
-        json.dumps(
-            dict(
-                task=task,
-                seed=seed,
-                identity=identity,
-                data_checksum=data,
-                training_rows=9,
-                last=last,
-                best=best,
-            )
-        )
-    )
+    result = dict(suite="glue", task=task, seed=seed, untrained=untrained, weights=weights)
+    result |= dict(recipe={"lr": 0.001} | recipe, last=last, best=best)
+    result["data"] = {"training_rows": 9, "data_checksum": data}
+    (folder / f"{task}-seed{seed}.json").write_text(json.dumps(result))
 
 
 def test_differences_and_intervals_are_scipys():
@@ -4406,8 +4368,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         ("cut-log", f"{runs / 'cut-log'}/log.jsonl is damaged: its last line, 2, is cut short"),
         (
             "b2-0",
-            f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged "
-            "(JSONDecodeError",
+            f"{runs / 'b2-0' / 'finetuned' / 'glue' / 'rte-seed0.json'} is damaged",
         ),
     ):
         assert f"{runs / name}: {problem}" in output

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from data.prepare import download
 from errors import UserError
+from runs import check_record, read_record
 
 
 @dataclass(frozen=True)
@@ -216,37 +217,40 @@ def fetch_zip(url, folder, needed, sha256=None):
     archive.unlink()
 
 
-# -- Scores of several seeds -----------------------------------------------------------------------
+# -- Results of finetune.py ------------------------------------------------------------------------
+
+RESULT = {"suite": str, "task": str, "seed": int, "untrained": bool, "weights": int}
+RESULT |= dict.fromkeys(("recipe", "data", "last", "best"), dict)
+
+
+def read_result(path):
+    """The result of one task with one seed."""
+    result = read_record(path, RESULT)
+    scores = dict.fromkeys(result["last"], float)
+    check_record(result, {"last": scores, "best": scores}, path)
+    if result["suite"] not in suites():
+        raise UserError(f"{path}: its suite is {result['suite']!r}, not {' or '.join(suites())}")
+    return result
 
 
 def summary(results, suite):
-    """What results say: {task: {metric: {"last": {seed: score}, "best": {seed: score}}}}, and under
-    "all" the suite's own mean for the seeds that have all of it."""
-    found = {}
+    """What results say: {(task, metric): {"last": {seed: score}, "best": {seed: score}}}, and under
+    ("all", "score") the suite's own mean, for the seeds that have all of it."""
+    found, kinds = {}, ("last", "best")
     for result in results:
-        for metric, kinds in result["scores"].items():
-            for kind, score in kinds.items():
-                found.setdefault(result["task"], {}).setdefault(metric, {"last": {}, "best": {}})[
-                    kind
-                ][result["seed"]] = score
-    if len(suite.AVERAGED) > 1 and all(
-        metric in found.get(task, {}) for task, metric in suite.AVERAGED
-    ):
-        columns = {
-            kind: [found[task][metric][kind] for task, metric in suite.AVERAGED]
-            for kind in ("last", "best")
+        for metric in result["last"]:
+            scores = found.setdefault((result["task"], metric), {kind: {} for kind in kinds})
+            for kind in kinds:
+                scores[kind][result["seed"]] = result[kind][metric]
+    averaged = [found[key] for key in suite.AVERAGED if key in found]
+    if len(averaged) == len(suite.AVERAGED) > 1:
+        seeds = sorted(set.intersection(*(set(scores["last"]) for scores in averaged)))
+        means = {
+            kind: {seed: statistics.mean(one[kind][seed] for one in averaged) for seed in seeds}
+            for kind in kinds
         }
-        seeds = sorted(set.intersection(*map(set, columns["last"])))
         if seeds:
-            found["all"] = {
-                "score": {
-                    kind: {
-                        seed: statistics.mean(column[seed] for column in columns[kind])
-                        for seed in seeds
-                    }
-                    for kind in columns
-                }
-            }
+            found["all", "score"] = means
     return found
 
 
