@@ -13,7 +13,9 @@ damaged is named.
 """
 
 import collections
+import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -27,41 +29,18 @@ from pathlib import Path
 import tasks
 from errors import UserError, exits_on_user_error
 from flags import Parser
-from runs import CONFIG, check_record, read_log, read_record, status
+from runs import CONFIG, NOT_IN_ID, check_record, read_log, read_record, status, written_whole
 
 MISSING = "–"
-# Settings that runs must agree in to be compared at all; with the budget, the reference and the
-# corpus as it was prepared.
-COMPARED = (
-    "model",
-    "size",
-    "data",
-    "vocabulary",
-    "row_length",
-    "validation_rows",
-    "holdout",
-    "train_on",
-)
+# Settings that the runs of a table agree in, beside the budget, the corpus and the reference.
+COMPARED = ("model", "size", "vocabulary", "row_length", "validation_rows", "holdout", "train_on")
 BUDGET = ("budget_hours", "budget_steps")
-# What two seeds of one experiment may differ in. (Threads count only where hours are plain time,
-# see `family_of`; the precision, compiling and the micro-batch decide how much an hour buys, and
-# are settings like any other.)
-NOT_A_SETTING = {
-    "seed",
-    "device",
-    "threads",
-    "reference",
-    "checkpoint_minutes",
-    "out",
-    "yes",
-    "validations",
-    "options",
-    *COMPARED,
-    *BUDGET,
-}
+# What two seeds of one experiment may differ in.
+NOT_A_SETTING = {*NOT_IN_ID, *COMPARED, *BUDGET, "seed", "validations", "options"}
 COMPARED_TYPES = dict.fromkeys(COMPARED, (str, int, float)) | {
     "budget_hours": (float, None),
     "budget_steps": (int, None),
+    "data": str,
     "reference": str,
     "seed": int,
     "method": str,
@@ -88,11 +67,37 @@ class Run:
     """A folder that `train.py` made."""
 
     folder: Path
-    config: dict  # {} if it cannot be read
+    stored: dict  # config.json; {} if it cannot be read
     result: dict  # {} if the run is unfinished
     validations: list  # [charged hours or updates, validation loss], in order
     scores: dict  # {Score: {"last": {seed of the fine-tuning: score}, "best": ...}}
     problems: list  # why it is in no mean, and what is damaged; empty for a finished, whole run
+
+    @property
+    def config(self):
+        return self.stored["config"]
+
+    @property
+    def settings(self):
+        """All that a person can set and that decides the result, but for what tables are made by:
+        {flag: value}."""
+        flags = self.config | self.config["options"]
+        return {name: flags[name] for name in flags if name not in NOT_A_SETTING}
+
+    @property
+    def family(self):
+        """What runs must agree in to be compared, but for the budget: {name: value}. Where hours
+        are plain time (--reference=this) they are one device's with so many threads."""
+        reference = self.stored["reference"]
+        family = {name: self.config[name] for name in COMPARED}
+        family["reference"] = Path(self.config["reference"]).stem
+        family["corpus"] = self.stored["corpus"]
+        hour = reference["probe_seconds"] or reference["provenance"]
+        return family | {"probe_seconds" if reference["probe_seconds"] else "hour": hour}
+
+    @property
+    def budget(self):
+        return tuple(self.config[name] for name in BUDGET)
 
 
 def read_scores(folder):
@@ -142,7 +147,8 @@ def read(folder):
     """A run folder, whatever its state: a `Run`."""
     scores, problems = read_scores(folder)
     try:
-        stored = read_record(folder / "config.json", CONFIG | {"config": COMPARED_TYPES})
+        kinds = {"config": COMPARED_TYPES, "reference": {"probe_seconds": dict, "provenance": str}}
+        stored = read_record(folder / "config.json", CONFIG | kinds)
     except UserError as error:
         return Run(folder, {}, {}, [], scores, [str(error), *problems])
     config, result = stored["config"], {}
@@ -160,9 +166,8 @@ def read(folder):
                 f"resumed with another {name}, {config.get(name)} and then {ended_with[name]}; it "
                 "stands where it began"
             )
-    result = result and result | {name: stored[name] for name in ("corpus", "reference")}
     validations, damage = read_validations(folder, config)
-    return Run(folder, config, result, validations, scores, problems + [damage] * bool(damage))
+    return Run(folder, stored, result, validations, scores, problems + [damage] * bool(damage))
 
 
 def read_validations(folder, config):
@@ -246,31 +251,6 @@ def difference(ours, baseline):
 
 
 # -- Rows and tables -------------------------------------------------------------------------------
-
-
-def settings_of(run):
-    """Everything else that a person can set and that decides a result: {flag: value}."""
-    return {
-        name: value
-        for name, value in (run.config | run.config["options"]).items()
-        if name not in NOT_A_SETTING
-    }
-
-
-def family_of(run):
-    """What runs must agree in to be compared, but for the budget: {name: value}. An unfinished run
-    has no corpus and no probe on record. Where hours are plain time (--reference=this) they are
-    this device's with so many threads, and no other's."""
-    config, result = run.config, run.result
-    family = {name: config[name] for name in COMPARED} | {
-        "reference": Path(config["reference"]).stem
-    }
-    if result:
-        probe_seconds = result["reference"]["probe_seconds"]
-        family |= {"corpus": result["corpus"], "probe_seconds": probe_seconds}
-        if config["budget_hours"] and not probe_seconds:
-            family |= {name: result.get(name) for name in ("device", "threads", "processes")}
-    return family
 
 
 @dataclass
@@ -360,97 +340,57 @@ class Table:
 def labels_of(runs):
     """{settings as JSON: label} of a family's experiments. In each method one goes by the method's
     name alone: the one with the most finished runs at all budgets, of several the one with the
-    lowest loss."""
-    found = collections.defaultdict(list)
-    for run in runs:
-        found[json.dumps(settings_of(run), sort_keys=True)].append(run)
+    lowest loss. The others are told from it by what they set otherwise."""
     labels = {}
-    for method in {run.config["method"] for run in runs}:
-        mine = {
-            text: [run.result["validation_loss"] for run in members if run.result]
-            for text, members in found.items()
-            if members[0].config["method"] == method
-        }
-        plain_text = min(
-            mine, key=lambda text: (-len(mine[text]), min(mine[text], default=math.inf), text)
-        )
-        plain = json.loads(plain_text)
-        for text in mine:
+    for method, of_method in grouped(runs, lambda run: run.config["method"]).items():
+        experiments = grouped(of_method, lambda run: as_key(run.settings))
+
+        def rank(text, experiments=experiments):
+            losses = [run.result["validation_loss"] for run in experiments[text] if run.result]
+            return -len(losses), min(losses, default=math.inf), text
+
+        plain = json.loads(min(experiments, key=rank))
+        for text in experiments:
             own = json.loads(text)
-            telling = [
-                name
-                for name in sorted(own.keys() | plain.keys())
-                if own.get(name) != plain.get(name)
-            ]
+            names = sorted(own.keys() | plain.keys())
+            telling = [name for name in names if own.get(name) != plain.get(name)]
             labels[text] = " ".join([method, *(f"{name}={own.get(name)}" for name in telling)])
     return labels
 
 
 def tables_of(runs):
-    """The `Table`s of all runs whose configuration can be read. An unfinished run stands with the
-    first family that agrees with it in what is on record."""
-    families = []  # [family, its runs]
-    for run in sorted((run for run in runs if run.config), key=lambda run: not run.result):
-        family = family_of(run)
-        place = next(
-            (
-                entry
-                for entry in families
-                if (entry[0] == family if run.result else family.items() <= entry[0].items())
-            ),
-            None,
-        )
-        if place:
-            place[1].append(run)
-        else:
-            families.append((family, [run]))
+    """The `Table`s of all runs whose configuration can be read."""
+    families = grouped([run for run in runs if run.stored], lambda run: as_key(run.family))
     tables, used = [], collections.Counter()
-    for family, members in families:
-        alike = [
-            other
-            for other, _ in families
-            if all(other[name] == family[name] for name in ("model", "size", "data"))
-        ]
-        telling = [
-            name
-            for name in family
-            if name not in ("model", "size", "data")
-            and any(other.get(name) != family[name] for other in alike)
-        ]
-        name = ", ".join(
-            [
-                f"{family['model']}-{family['size']} on {family['data']}",
-                *(f"{part} {short(family[part])}" for part in telling),
-            ]
-        )
+    for members in families.values():
+        name = family_name(members[0], [other[0] for other in families.values()])
         used[name] += 1
         if used[name] > 1:  # references that differ in a digit that is not shown
             name += f" ({used[name]})"
-        labels, budgets = (
-            labels_of(members),
-            collections.defaultdict(lambda: collections.defaultdict(list)),
-        )
-        for run in members:
-            budgets[tuple(run.config[part] for part in BUDGET)][
-                json.dumps(settings_of(run), sort_keys=True)
-            ].append(run)
-        for budget, experiments in budgets.items():
+        labels = labels_of(members)
+        for budget, of_budget in grouped(members, lambda run: run.budget).items():
             rows = [
                 Row(labels[text], json.loads(text), [run for run in own if run.result])
-                for text, own in experiments.items()
+                for text, own in grouped(of_budget, lambda run: as_key(run.settings)).items()
             ]
-            rows.sort(
-                key=lambda row: (
-                    row.label != "baseline",
-                    not row.runs,
-                    row.mean_loss() or 0.0,
-                    row.label,
-                )
-            )
-            tables.append(Table(name, budget, family["reference"], rows))
+            rows.sort(key=lambda row: (row.mean_loss() or math.inf, row.label))
+            rows.sort(key=lambda row: row.label != "baseline")
+            tables.append(Table(name, budget, members[0].family["reference"], rows))
     return sorted(
         tables, key=lambda table: (table.family, table.budget[1] or 0, table.budget[0] or 0)
     )
+
+
+def family_name(run, others):
+    """What a table is of, and what tells it from the others of this model and corpus's name."""
+
+    def subject(run):
+        return f"{run.config['model']}-{run.config['size']} on {Path(run.config['data']).name}"
+
+    alike = [other.family for other in others if subject(other) == subject(run)]
+    own = run.family
+    telling = [name for name in own if any(other.get(name) != own[name] for other in alike)]
+    return ", ".join([subject(run), *(f"{name} {short(own[name])}" for name in telling)])
 
 
 def short(value):
@@ -472,31 +412,9 @@ def differing_files(table):
 
 # -- Tables ----------------------------------------------------------------------------------------
 
-COLUMNS = [
-    "group",
-    "model",
-    "size",
-    "data",
-    "train_on",
-    "reference",
-    "budget_hours",
-    "budget_steps",
-    "method",
-    "n",
-    "validation_loss",
-    "standard_deviation",
-    "difference",
-    "interval_95",
-    "how",
-    "speed_up",
-    "updates",
-    "rows",
-    "charged_hours",
-    "free_hours",
-    "wall_hours",
-    "stalls",
-    "settings",
-]
+COLUMNS = """group model size data train_on reference budget_hours budget_steps method n
+    validation_loss standard_deviation difference interval_95 how speed_up updates rows
+    charged_hours free_hours wall_hours stalls settings""".split()
 
 
 def record_of(row, table, points, titles):
@@ -505,6 +423,7 @@ def record_of(row, table, points, titles):
     scores."""
     means = [statistics.mean(values) for values in row.losses().values()]
     record = dict.fromkeys(COLUMNS) | {
+        "family": table.family,
         "group": table.title,
         "reference": table.reference,
         "method": row.label,
@@ -676,102 +595,95 @@ def downstream_markdown(rows, titles):
 # -- Figures ---------------------------------------------------------------------------------------
 
 
-def draw(tables, points, speed_ups, folder):
-    """Writes the figures; returns their paths. `points`: {family: {label: [(budget hours, final
-    loss)]}}; `speed_ups` as `points`, of what `speed_up` said."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--figures needs one more package: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs, the same file
-    from matplotlib import pyplot
+class Figures:
+    """Draws into a folder, a method in one colour everywhere; `paths` are the files."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    # One colour a method in all figures; matplotlib has ten, then they come again.
-    labels = sorted({row.label for table in tables for row in table.rows} - {"baseline"})
-    colors = {"baseline": "black"} | {label: f"C{number}" for number, label in enumerate(labels)}
+    def __init__(self, folder, labels):
+        try:
+            import matplotlib
+        except ImportError:
+            raise UserError("--figures needs one more package: pip install matplotlib") from None
+        matplotlib.use("Agg")
+        matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs, the same file
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.paths = folder, []
+        others = sorted(set(labels) - {"baseline"})  # matplotlib has ten colours, then again
+        self.colors = {"baseline": "black"} | {name: f"C{n}" for n, name in enumerate(others)}
 
-    def save(figure, name):
-        path = folder / f"{name}.svg"
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
-        paths.append(path)
+    @contextlib.contextmanager
+    def axes(self, name, title, **labels):
+        """New axes, saved afterwards if there is something on them."""
+        from matplotlib import pyplot
 
-    for table in tables:
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for row in table.rows:
-            curves = [run.validations for run in row.runs if run.validations]
-            if curves and len({len(curve) for curve in curves}) == 1:  # all were validated as often
-                places = list(zip(*curves))
-                spent = [statistics.mean(point[0] for point in place) for place in places]
-                losses = [[point[1] for point in place] for place in places]
-                axes.plot(
-                    spent,
-                    list(map(statistics.mean, losses)),
-                    marker="o",
-                    markersize=3,
-                    color=colors[row.label],
-                    label=f"{row.label} ({len(curves)})",
-                )
-                axes.fill_between(
-                    spent,
-                    list(map(min, losses)),
-                    list(map(max, losses)),
-                    color=colors[row.label],
-                    alpha=0.2,
-                )
-            else:
-                for curve in curves:
-                    axes.plot(
-                        *zip(*curve),
-                        marker="o",
-                        markersize=3,
-                        color=colors[row.label],
-                        label=row.label,
-                    )
-        axes.set(
-            title=table.title,
-            ylabel="validation loss (nats); band: all seeds",
-            xlabel="updates" if table.budget[1] else f"hours of {table.reference}",
-        )
+        axes.set(title=title, **labels)
+        yield axes
         if axes.lines:
             axes.legend(fontsize=8)
-            save(figure, "loss-" + file_name(table.title))
-        else:
-            pyplot.close(figure)
-    for family, by_method in points.items():
-        if max(map(len, by_method.values())) < 2:
-            continue
-        reference = next(table.reference for table in tables if table.family == family)
-        title = f"{family}, hours of {reference}"
-        budgets = sorted({hours for own in by_method.values() for hours, _ in own})
+            path = self.folder / f"{name}-{file_name(title)}.svg"
+            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+            self.paths.append(path)
+        pyplot.close(figure)
 
-        def by_budget(axes, name, ylabel):
-            axes.set(
-                title=title, xscale="log", xlabel="budget, hours of the reference", ylabel=ylabel
-            )
+    def line(self, axes, label, xs, ys, name=None):
+        style = dict(marker="o", markersize=3, color=self.colors[label])
+        axes.plot(xs, ys, label=name or label, **style)
+
+    def losses(self, table):
+        """Validation loss over the budget: the mean of a method's seeds, and a band over all."""
+        xlabel = "updates" if table.budget[1] else f"hours of {table.reference}"
+        ylabel = "validation loss (nats); band: all seeds"
+        with self.axes("loss", table.title, xlabel=xlabel, ylabel=ylabel) as axes:
+            for row in table.rows:
+                curves = [run.validations for run in row.runs if run.validations]
+                if len({len(curve) for curve in curves}) != 1:  # not all were validated as often
+                    for curve in curves:
+                        self.line(axes, row.label, *zip(*curve))
+                    continue
+                places = list(zip(*curves))
+                spent = [statistics.mean(hours for hours, _ in place) for place in places]
+                losses = [[loss for _, loss in place] for place in places]
+                means = list(map(statistics.mean, losses))
+                self.line(axes, row.label, spent, means, f"{row.label} ({len(curves)})")
+                lowest, highest = list(map(min, losses)), list(map(max, losses))
+                color = self.colors[row.label]
+                axes.fill_between(spent, lowest, highest, color=color, alpha=0.2)
+
+    def by_budget(self, name, title, ylabel, points, level=None):
+        """`points`: {label: [(budget in hours, value)]}; a value may be text or missing."""
+        xlabel = "budget, hours of the reference"
+        with self.axes(name, title, xscale="log", xlabel=xlabel, ylabel=ylabel) as axes:
+            for label, own in points.items():
+                if known := [point for point in own if isinstance(point[1], float)]:
+                    self.line(axes, label, *zip(*known))
+            if level and axes.lines:
+                axes.axhline(level, color="black", linewidth=0.5)
+            budgets = sorted({hours for own in points.values() for hours, _ in own})
             axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
             axes.set_xticks([], minor=True)
-            axes.legend(fontsize=8)
-            save(axes.figure, f"{name}-{file_name(title)}")
 
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for label, own in by_method.items():
-            axes.plot(*zip(*own), marker="o", color=colors[label], label=label)
-        by_budget(axes, "budgets", "final validation loss (nats)")
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for label, own in speed_ups[family].items():
-            # Inside the baseline's budgets.
-            if known := [point for point in own if isinstance(point[1], float)]:
-                axes.plot(*zip(*known), marker="o", color=colors[label], label=label)
-        if axes.lines:
-            axes.axhline(1.0, color="black", linewidth=0.5)
-            by_budget(axes, "speed-up", "baseline's budget for the same loss / budget")
-        else:
-            pyplot.close(figure)
-    return paths
+
+def draw(tables, records, folder):
+    """Writes the figures; returns their paths."""
+    figures = Figures(folder, [row.label for table in tables for row in table.rows])
+    for table in tables:
+        figures.losses(table)
+    of_hours = [record for record in records if record["budget_hours"] and record["n"]]
+    for family, own in grouped(of_hours, lambda record: record["family"]).items():
+        methods = grouped(own, lambda record: record["method"])
+        if max(map(len, methods.values())) < 2:
+            continue
+        title = f"{family}, hours of {own[0]['reference']}"
+        for column, name, ylabel, level in (
+            ("validation_loss", "budgets", "final validation loss (nats)", None),
+            ("speed_up", "speed-up", "baseline's budget for the same loss / budget", 1.0),
+        ):
+            points = {
+                label: [(record["budget_hours"], record[column]) for record in of_method]
+                for label, of_method in methods.items()
+            }
+            figures.by_budget(name, title, ylabel, points, level)
+    return figures.paths
 
 
 def file_name(text):
@@ -779,6 +691,50 @@ def file_name(text):
 
 
 # -- The command -----------------------------------------------------------------------------------
+
+
+def baseline_points(tables):
+    """{family: [(budget in hours, final loss) of its baseline]}"""
+    found = collections.defaultdict(list)
+    for table in tables:
+        if table.baseline and table.budget[0]:
+            label = table.baseline.label
+            found[table.family, label].append((table.budget[0], table.baseline.mean_loss()))
+    return found
+
+
+def print_table(table, records, titles):
+    """All that people should know of a table's runs."""
+    print(f"## {table.title}\n\n{markdown(records)}\n")
+    if table.baseline:
+        settings = table.baseline.settings.items()
+        settings = [f"{name} {value}" for name, value in settings if name != "method"]
+        print(f"{table.baseline.label}: {', '.join(settings)}")
+    finished = [run.result for row in table.rows for run in row.runs]
+    for title, key in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
+        values = sorted({str(result.get(key) or MISSING) for result in finished})
+        print(f"{title}: {', '.join(values) or MISSING}")
+    for name, folders in differing_files(table).items():
+        versions = "; ".join(
+            f"{version}: {', '.join(map(str, runs))}" for version, runs in folders.items()
+        )
+        print(f"methods/{name}.py differs between these runs: {versions}")
+    if scores := downstream_markdown(table.rows, titles):
+        print(
+            "\nFine-tuned, in percent, mean ± standard deviation over pre-training seeds, or with "
+            f"one of them, or untrained, over fine-tuning seeds:\n\n{scores}"
+        )
+    print()
+
+
+def write_csv(path, records):
+    extra = sorted({name for record in records for name in record} - {*COLUMNS, "family"})
+    with written_whole(path) as file:
+        text = io.TextIOWrapper(file, newline="", write_through=True)
+        writer = csv.DictWriter(text, [*COLUMNS, *extra], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(records)
+        text.detach()
 
 
 @exits_on_user_error
@@ -791,67 +747,21 @@ def main(arguments=None):
     parser.add_argument("--figures", metavar="FOLDER", help="draw figures into it (SVG)")
     options = parser.parse_args(arguments)
     runs = find_runs(options.runs)
-    tables = tables_of(runs)
-    points, speed_ups, records, titles = {}, {}, [], titles_of(runs)
+    tables, titles, records = tables_of(runs), titles_of(runs), []
+    points = baseline_points(tables)
     for table in tables:
-        for row in table.rows:
-            if row.runs and table.budget[0]:
-                points.setdefault(table.family, {}).setdefault(row.label, []).append(
-                    (table.budget[0], row.mean_loss())
-                )
-    for table in tables:
-        here = [
-            record_of(
-                row,
-                table,
-                points.get(table.family, {}).get(table.baseline and table.baseline.label, []),
-                titles,
-            )
-            for row in table.rows
-        ]
+        own_points = points.get((table.family, table.baseline and table.baseline.label), [])
+        here = [record_of(row, table, own_points, titles) for row in table.rows]
+        print_table(table, here, titles)
         records += here
-        for record in here:
-            speed_ups.setdefault(table.family, {}).setdefault(record["method"], []).append(
-                (table.budget[0], record["speed_up"])
-            )
-        print(f"## {table.title}\n\n{markdown(here)}\n")
-        if table.baseline:
-            settings = table.baseline.settings.items()
-            settings = [f"{name} {value}" for name, value in settings if name != "method"]
-            print(f"{table.baseline.label}: {', '.join(settings)}")
-        finished = [run.result for row in table.rows for run in row.runs]
-        for title, what in (
-            ("commits", "commit"),
-            ("devices", "device"),
-            ("processes", "processes"),
-        ):
-            values = sorted({str(result.get(what) or MISSING) for result in finished})
-            print(f"{title}: {', '.join(values) or MISSING}")
-        for name, folders in differing_files(table).items():
-            versions = "; ".join(
-                f"{version}: {', '.join(map(str, runs))}" for version, runs in folders.items()
-            )
-            print(f"methods/{name}.py differs between these runs: {versions}")
-        if scores := downstream_markdown(table.rows, titles):
-            print(
-                "\nFine-tuned, in percent, mean ± standard deviation over pre-training seeds, or "
-                f"with one of them, or untrained, over fine-tuning seeds:\n\n{scores}"
-            )
-        print()
     for run in runs:
         for problem in run.problems:
             print(f"{run.folder}: {problem}")
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(
-                file,
-                [*COLUMNS, *sorted({name for record in records for name in record} - set(COLUMNS))],
-            )
-            writer.writeheader()
-            writer.writerows(records)
+        write_csv(options.csv, records)
         print(f"written: {options.csv}")
     if options.figures:
-        for path in draw(tables, points, speed_ups, Path(options.figures)):
+        for path in draw(tables, records, Path(options.figures)):
             print(f"drawn: {path}")
 
 

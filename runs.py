@@ -28,6 +28,9 @@ from pathlib import Path
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
+# Flags that do not decide the result. (Of the corpus and of the reference the contents do.)
+NOT_IN_ID = {"data", "reference", "device", "micro_batch", "threads"}
+NOT_IN_ID |= {"checkpoint_minutes", "out", "yes"}
 # `config`: the settings that it was started with; `corpus`: the checksum of its corpus.
 CONFIG = {"id": str, "config": dict, "corpus": str, "reference": dict}
 

@@ -4194,7 +4194,7 @@ def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
     config = dataclasses.asdict(train.resolve(flags)) | {"reference": "mine.json"}
     config |= changes.pop("config", {})
     stored = {"id": "0", "config": config, "corpus": "c"}
-    stored["reference"] = {"probe_seconds": {"bert": 1.0}}
+    stored["reference"] = {"probe_seconds": {"bert": 1.0}, "provenance": "a CPU"}
     stored |= {name: changes.pop(name) for name in ("corpus", "reference") if name in changes}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(stored))
@@ -4298,16 +4298,19 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     write_run(runs / "lr", [9.0], config={"lr": 0.5})  # another recipe: a row of its own
     # Another preparation, another reference, updates in place of hours: other tables.
     write_run(runs / "corpus", [8.0], "stacking", corpus="another")
-    write_run(runs / "machine", [7.0], "stacking", reference={"probe_seconds": {"bert": 2.0}})
+    machine, plain = ({"probe_seconds": x, "provenance": "plain time"} for x in ({"bert": 2.0}, {}))
+    write_run(runs / "machine", [7.0], "stacking", reference=machine)
     write_run(runs / "short", [4.5], "stacking", hours=0.5)
-    write_run(runs / "other", [7.0], config={"data": "text2"})
+    write_run(runs / "other", [7.0], config={"data": "text2"}, corpus="d")
+    write_run(runs / "moved", [9.0], "stacking", hours=0.5, config={"data": "/moved/text"})
     # Another measure.
-    write_run(runs / "rows", [7.0], "stacking", config={"data": "text2", "validation_rows": 7})
+    fewer = {"data": "text2", "validation_rows": 7}
+    write_run(runs / "rows", [7.0], "stacking", config=fewer, corpus="d")
     # An hour buys more updates.
     write_run(runs / "compiled", [2.5], "stacking", config={"compile": True})
     # The same reference by another path.
     write_run(runs / "path", [2.7], seed=7, config={"reference": "elsewhere/mine.json"})
-    write_run(runs / "plain", [7.0], config={"reference": "this"}, reference={"probe_seconds": {}})
+    write_run(runs / "plain", [7.0], config={"reference": "this"}, reference=plain)
     write_run(runs / "steps", [6.0], config={"budget_hours": None, "budget_steps": 5})
     (write_run(runs / "unfinished", [5.0], "lion") / "result.json").unlink()
     (write_run(runs / "damaged", [5.0], "lion") / "result.json").write_text('{"validation_loss"')
@@ -4331,7 +4334,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         start + one + "2 h of mine",
         start + one + "5 updates",
         start + "reference mine, corpus c, probe_seconds bert 2, 1 h of mine",
-        start + "reference this, corpus c, probe_seconds –, device CPU, threads 2, 1 h of this",
+        start + "reference this, corpus c, hour plain time, 1 h of this",
         "bert-tiny on text2, validation_rows 1000, 1 h of mine",
         "bert-tiny on text2, validation_rows 7, 1 h of mine",
     ]

@@ -63,6 +63,7 @@ from parallel import (
 )
 from runs import (
     CONFIG,
+    NOT_IN_ID,
     ROOT,
     find,
     git_commit,
@@ -156,10 +157,7 @@ class Config:
     options: dict = None  # the method's own
 
 
-# These do not decide the result. (Of the corpus and of the reference the contents do.)
-NOT_IN_ID = {"data", "reference", "device", "micro_batch", "threads"}
-NOT_IN_ID |= {"checkpoint_minutes", "out", "yes"}
-# The last two do, but a run may move to a machine that has others.
+# The last two decide the result, but a run may move to a machine that has others.
 MAY_CHANGE_ON_RESUME = NOT_IN_ID - {"reference"} | {"dtype", "compile"}
 
 # What `resolve` puts where nothing was typed, beside the methods' recipes.
