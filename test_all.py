@@ -1803,14 +1803,14 @@ def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
     later."""
     script = textwrap.dedent("""
         import sys, time
-        import model, train
+        import model, runs, train
         from parallel import is_main
         def slowly(function):
             def wrapper(*arguments):
                 time.sleep(1 if is_main() else 0)
                 return function(*arguments)
             return wrapper
-        train.write_tensors = slowly(train.write_tensors)
+        runs.write_tensors = slowly(runs.write_tensors)
         train.Training.warm_up = slowly(train.Training.warm_up)
         train.main(sys.argv[1:])
         """)

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import methods
 import model as models
+import runs
 from data.corpus import Corpus, load_meta
 from data.prepare import TINY_VOCABULARY, corpus_folder
 from errors import UserError, exits_on_user_error, explains_out_of_memory
@@ -61,75 +62,37 @@ from parallel import (
     sum_over_processes,
     wait_for_all,
 )
-from runs import (
-    CONFIG,
-    NOT_IN_ID,
-    ROOT,
-    find,
-    git_commit,
-    identify,
-    locked,
-    read_record,
-    read_tensors,
-    relative_path,
-    status,
-    write_json,
-    write_tensors,
-)
 
 WEEK_MINUTES = 7 * 24 * 60
-SEEDS = 2**32  # how many there are: no library refuses one of these
 
 
-def setting(default, help, choices=(), group=None, **limits):
-    """A flag of every run. `group`: the heading in --help of this flag and those that follow."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, group=group, limits=limits)
-    )
+def setting(default, help, choices=(), **limits):
+    """A flag of every run."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, **limits))
 
 
 @dataclass(frozen=True)
 class Config:
     """Every flag. None: `resolve` decides."""
 
-    model: str = setting("bert", "which model", tuple(models.SIZES), group="what is trained")
+    model: str = setting("bert", "which model", tuple(models.SIZES))
     size: str = setting(None, "base with a GPU, else tiny", ("tiny", "small", "base"))
     method: str = setting("baseline", "a file of methods/, or several joined by +")
 
-    data: str = setting(
-        None, "a corpus of data/prepare.py (c4 if it was prepared, else pydocs)", group="on what"
-    )
-    vocabulary: int = setting(
-        None,
-        "tokens in its vocabulary (base: bert 32768, t5 32128; else 8192; tiny bert: 2048)",
-        minimum=1,
-    )
-    row_length: int = setting(
-        None, "tokens that a row reads (128; t5 from small on: 512)", minimum=1
-    )
-    holdout: float = setting(
-        0.2, "share of rows kept from training, for every method alike", minimum=0, maximum=0.99
-    )
+    data: str = setting(None, "a corpus of data/prepare.py (c4 if it is there, else pydocs)")
+    vocabulary: int = setting(None, "tokens (8192; tiny bert: 2048; base: 32768, 32128)", minimum=1)
+    row_length: int = setting(None, "tokens read of a row (128; t5 from small: 512)", minimum=1)
+    holdout: float = setting(0.2, "share of rows that none trains on", minimum=0, maximum=0.99)
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
-    validation_rows: int = setting(
-        None, "rows of the fixed validation set (base: 10000, else 1000)", minimum=1
-    )
+    validation_rows: int = setting(None, "how many at most (base: 10000, else 1000)", minimum=1)
 
-    budget_hours: float = setting(
-        None, "budget in hours of the reference (0.05)", minimum=1e-9, group="for how long"
-    )
+    budget_hours: float = setting(None, "budget in hours of the reference (0.05)", minimum=1e-9)
     budget_steps: int = setting(None, "budget in updates instead", minimum=1)
-    reference: str = setting(
-        None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this; else the study's)"
-    )
+    reference: str = setting(None, "this, rtx3090, a100, or a file of rst.py --save (tiny: this)")
     reprobe: bool = setting(True, "time the probe again during the run")
-    validations: int = setting(
-        4, "how often, evenly over the budget; the last at its end", minimum=1
-    )
+    validations: int = setting(4, "how many, evenly over the budget, one at its end", minimum=1)
 
-    batch: int = setting(
-        None, "rows an update", minimum=1, group="the recipe (defaults by method, model and size)"
-    )
+    batch: int = setting(None, "rows an update", minimum=1)
     lr: float = setting(None, "peak learning rate", minimum=0)
     schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
     beta1: float = setting(None, "decay of the first moment", minimum=0, maximum=0.9999999)
@@ -138,18 +101,12 @@ class Config:
     weight_decay: float = setting(None, "decoupled, on matrices only", minimum=0)
     rms_scaling: bool = setting(None, "scale each tensor's rate by its RMS (t5)")
     clip: float = setting(None, "limit of the global gradient norm", minimum=1e-9)
-    seed: int = setting(
-        0, "of initial weights, row order and corruption", minimum=0, maximum=SEEDS - 1
-    )
+    seed: int = setting(0, "of weights, row order, corruption", minimum=0, maximum=2**32 - 1)
 
-    device: str = setting(
-        None, "cpu, cuda, cuda:1 (cuda if there is one)", group="how it runs (may change on resume)"
-    )
+    device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)")
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
     compile: bool = setting(False, "compile the layers one by one, and our own optimizers")
-    micro_batch: int = setting(
-        None, "rows a forward pass, for speed and memory (8; GPU: bert 128, t5 72)", minimum=1
-    )
+    micro_batch: int = setting(None, "rows a forward pass (8; GPU: bert 128, t5 72)", minimum=1)
     threads: int = setting(0, "CPU threads (0: torch's choice)", minimum=0)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
@@ -157,8 +114,15 @@ class Config:
     options: dict = None  # the method's own
 
 
+HEADINGS = {  # of --help, before these flags
+    "model": "what is trained",
+    "data": "on what",
+    "budget_hours": "for how long",
+    "batch": "the recipe (defaults by method, model and size)",
+    "device": "how it runs (may change on resume)",
+}
 # The last two decide the result, but a run may move to a machine that has others.
-MAY_CHANGE_ON_RESUME = NOT_IN_ID - {"reference"} | {"dtype", "compile"}
+MAY_CHANGE_ON_RESUME = runs.NOT_IN_ID - {"reference"} | {"dtype", "compile"}
 
 # What `resolve` puts where nothing was typed, beside the methods' recipes.
 SIZE_DEFAULTS = {
@@ -179,16 +143,10 @@ MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
 # -- Flags -----------------------------------------------------------------------------------------
 
 
-FIELDS = [field for field in dataclasses.fields(Config) if field.metadata]
 COMMON = {
-    field.name: Option(
-        field.default,
-        field.metadata["help"],
-        field.metadata["choices"],
-        **field.metadata["limits"],
-        kind=field.type,
-    )
-    for field in FIELDS
+    field.name: Option(field.default, **field.metadata, kind=field.type)
+    for field in dataclasses.fields(Config)
+    if field.metadata
 }
 
 
@@ -201,7 +159,7 @@ def parse(arguments):
     method = known.method
     if known.resume:
         path = Path(known.resume) / "config.json"
-        method = read_record(path, {"config": {"method": str}})["config"]["method"]
+        method = runs.read_record(path, {"config": {"method": str}})["config"]["method"]
     options = methods.find(method).options
     if taken := sorted(options.keys() & COMMON):
         raise UserError(
@@ -215,10 +173,10 @@ def parse(arguments):
         epilog=f"methods: {', '.join(methods.names())}; combine them with +",
     )
     parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
-    for field in FIELDS:
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
-        parser.add(field.name, COMMON[field.name], group)
+    for name, option in COMMON.items():
+        if name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[name])
+        parser.add(name, option, group)
     group = parser.add_argument_group(f"options of --method={method}")
     for name, option in options.items():
         parser.add(name, option, group)
@@ -307,16 +265,16 @@ def plan(config, reference=None, folder=None, stored=None):
         started = dataclasses.replace(config, **before)
     corpus_folder, checksum = find_corpus(config, stored and stored["corpus"])
     settings = dataclasses.asdict(started)
-    deciding = {name: settings[name] for name in settings.keys() - NOT_IN_ID}
+    deciding = {name: settings[name] for name in settings.keys() - runs.NOT_IN_ID}
     hour = None if config.budget_steps else reference.probe_seconds or reference.provenance
-    run_id = identify(deciding, checksum, hour)
+    run_id = runs.identify(deciding, checksum, hour)
     if not folder:
-        folder = Path(config.out) if config.out else find(plan_name(config), run_id)
-    if status(folder) != "new":
-        found = read_record(folder / "config.json", CONFIG)["id"]
+        folder = Path(config.out) if config.out else runs.find(plan_name(config), run_id)
+    if runs.status(folder) != "new":
+        found = runs.read_record(folder / "config.json", runs.CONFIG)["id"]
         if found != run_id:
             raise UserError(
-                f"{relative_path(folder)} holds the run {found}, and this is {run_id}: choose "
+                f"{runs.relative_path(folder)} holds the run {found}, and this is {run_id}: choose "
                 "another --out, or, if it is resumed, undo what was changed in its config.json"
             )
     return Plan(config, started, reference, corpus_folder, checksum, folder, run_id)
@@ -337,7 +295,7 @@ def resumed(folder, typed):
     """(configuration, config.json) of a run that exists: as it was started, but for the flags that
     may change."""
     types = {name: (option.kind, None) for name, option in COMMON.items()} | {"options": dict}
-    stored = read_record(folder / "config.json", CONFIG | {"config": types})
+    stored = runs.read_record(folder / "config.json", runs.CONFIG | {"config": types})
     config = Config(**{name: stored["config"][name] for name in types})
     started = dataclasses.asdict(config) | config.options
     for name, value in (typed | typed.get("options", {})).items():
@@ -357,7 +315,7 @@ def find_corpus(config, checksum=None):
     if not (folder / "meta.json").exists():
         folder = corpus_folder(config.data, config.model, config.vocabulary)
     if checksum:
-        everywhere = [folder, *sorted((ROOT / "data").glob("*/*"))]
+        everywhere = [folder, *sorted((runs.ROOT / "data").glob("*/*"))]
         for folder in everywhere:
             if (folder / "meta.json").exists() and load_meta(folder)["checksum"] == checksum:
                 return folder, checksum
@@ -400,7 +358,7 @@ def prepare_corpus(config):
         raise UserError(f"--data={config.data}: not prepared; run: {command}")
     if is_main():
         print0("preparing pydocs, the docstrings of what is installed (once, about a minute)")
-        done = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *arguments])
+        done = subprocess.run([sys.executable, str(runs.ROOT / "data" / "prepare.py"), *arguments])
         if done.returncode:
             raise UserError(f"preparing pydocs failed (exit status {done.returncode})")
     wait_for_all()
@@ -409,8 +367,8 @@ def prepare_corpus(config):
 def ensure_run(name, config, reference=None):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
     needed = plan(config, reference)
-    place = relative_path(needed.folder)
-    if status(needed.folder) == "finished":
+    place = runs.relative_path(needed.folder)
+    if runs.status(needed.folder) == "finished":
         print0(f"{name}: reusing {place}")
         return needed.folder
     print0(f"{name}: training {place} first; it is not charged to the run that needs it")
@@ -434,16 +392,14 @@ def train(planned):
         place = ensure_run(name, needed, planned.reference)
         finished_models[name] = configure(models.load(place / "model.pt", config.device), config)
         numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
-        costs = read_record(place / "result.json", dict.fromkeys(numbers, float))
-        finished_runs[name] = {"folder": relative_path(place)} | {n: costs[n] for n in numbers}
-    lock = locked(folder, wait=False) if is_main() else contextlib.nullcontext()
+        costs = runs.read_record(place / "result.json", dict.fromkeys(numbers, float))
+        finished_runs[name] = {"folder": runs.relative_path(place)} | {n: costs[n] for n in numbers}
+    lock = runs.locked(folder, wait=False) if is_main() else contextlib.nullcontext()
     smaller = f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"
     with lock, explains_out_of_memory(smaller):
-        if status(folder) == "finished":
-            raise UserError(
-                f"{relative_path(folder)}: this run is finished; --out=FOLDER repeats it, another "
-                "--seed makes another"
-            )
+        if runs.status(folder) == "finished":
+            place = runs.relative_path(folder)
+            raise UserError(f"{place}: this run is finished; --out=FOLDER repeats it elsewhere")
         print_plan(planned)
         training = Training(planned, finished_models)
         corpus, entropy = training.corpus, training.corpus.unigram_entropy()
@@ -451,7 +407,7 @@ def train(planned):
             f"  corpus   {corpus.rows:,} rows to train on, {corpus.validation_rows:,} to validate "
             f"on; unigram entropy {entropy:.4f} nats"
         )
-        if status(folder) == "interrupted":
+        if runs.status(folder) == "interrupted":
             training.load_checkpoint()
         training.warm_up()
         with training.open_log(), StopSignal() as stop:
@@ -479,7 +435,7 @@ def print_plan(planned):
     device = [rst.device_name(config.device), f"{torch.get_num_threads()} threads"]
     device += [f"{processes()} process(es), {config.dtype}, micro-batch {config.micro_batch}"]
     print0(f"  device   {', '.join(device + ['compiled'] * config.compile)}")
-    print0(f"  folder   {relative_path(planned.folder)}")
+    print0(f"  folder   {runs.relative_path(planned.folder)}")
 
 
 def configure(model, config):
@@ -631,7 +587,7 @@ class Training:
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
             if stop_signal and clock.progress < 1:
                 bar.close()
-                place = relative_path(self.folder)
+                place = runs.relative_path(self.folder)
                 print0(
                     f"stopped after update {clock.updates}; go on with: python train.py "
                     f"--resume={place}"
@@ -701,7 +657,7 @@ class Training:
                 "corpus": self.planned.checksum,
                 "reference": dataclasses.asdict(self.planned.reference),
             }
-            write_json(self.folder / "config.json", record)
+            runs.write_json(self.folder / "config.json", record)
         with open(self.folder / "log.jsonl", "a") as self.log:
             self.log.truncate(self.counters.log_bytes)
             yield
@@ -734,14 +690,14 @@ class Training:
             raise UserError(
                 f"the loss is {loss} and its gradient's norm {gradient_norm} in update "
                 f"{self.clock.updates + 1}; lower --lr (it is {self.config.lr:g}) or --clip. What "
-                f"was saved before is in {relative_path(self.folder)}"
+                f"was saved before is in {runs.relative_path(self.folder)}"
             )
 
     def save_checkpoint(self):
         if is_main():
             stored = {name: part.state_dict() for name, part in self.parts.items()}
             stored["counters"]["wall_seconds"] = self.wall_seconds()
-            write_tensors(self.folder / "checkpoint.pt", {"id": self.planned.id} | stored)
+            runs.write_tensors(self.folder / "checkpoint.pt", {"id": self.planned.id} | stored)
         wait_for_all()  # or the others would be charged their waiting, in the next update
 
     def load_checkpoint(self):
@@ -750,7 +706,7 @@ class Training:
         if not path.exists():
             print0("  resumed from the start: the run was stopped before its first checkpoint")
             return
-        stored = read_tensors(path, ["id", *self.parts], self.config.device)
+        stored = runs.read_tensors(path, ["id", *self.parts], self.config.device)
         if stored["id"] != self.planned.id:
             raise UserError(f"{path} is of the run {stored['id']}, not of {self.planned.id}")
         for name, part in self.parts.items():
@@ -772,7 +728,7 @@ class Training:
         entropy, layers = corpus.unigram_entropy(), len(self.model.present_layers)
         result = {
             "command": shlex.join(sys.argv),
-            "commit": git_commit(),
+            "commit": runs.git_commit(),
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version()} | versions,
             "device": rst.device_name(config.device),
@@ -795,7 +751,7 @@ class Training:
             "prerequisites": finished_runs,
         }
         if is_main():
-            write_json(self.folder / "result.json", result)
+            runs.write_json(self.folder / "result.json", result)
         wait_for_all()  # whoever needs the finished run next finds it whole
         loss = counters.validation_loss
         print0(
@@ -806,7 +762,7 @@ class Training:
         print0(
             f"charged {clock.spent_seconds:.6g} s of {config.reference}{stalls}, free "
             f"{clock.free_seconds:.4g} s, wall {result['wall_seconds']:.0f} s; in "
-            f"{relative_path(self.folder)}"
+            f"{runs.relative_path(self.folder)}"
         )
         if layers < len(self.model.layers):
             print0(
