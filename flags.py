@@ -39,7 +39,7 @@ class Option:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and (not self.minimum <= value <= self.maximum or abs(value) == math.inf):
             raise UserError(f"--{name}={value}: expected a number {self.limits}".rstrip())
-        if value == "" and self.default != "":
+        if value == "" and self.default is None:
             raise UserError(f"--{name}=: it is empty")
 
     def parse(self, name, text):
