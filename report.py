@@ -216,37 +216,37 @@ def t_95(degrees):
     return T_95[min(max(1, math.floor(degrees)), len(T_95)) - 1]
 
 
+def deviation(values):
+    """The standard deviation of a sample; None of fewer than two."""
+    values = list(values)
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def averaged(pairs):
+    """{key: the mean of its values}"""
+    groups = grouped(pairs, lambda pair: pair[0])
+    return {key: statistics.mean(value for _, value in own) for key, own in groups.items()}
+
+
 def difference(ours, baseline):
     """(mean, half the width of its 95% interval or None, how) of the difference between two
-    experiments.
-
-    Args:
-        ours, baseline: {seed: [losses]}; several runs of a seed count as their mean.
-    """
-    ours, baseline = (
-        {seed: statistics.mean(values) for seed, values in runs.items()}
-        for runs in (ours, baseline)
-    )
+    experiments, {seed: loss}."""
     common = sorted(set(ours) & set(baseline))
-    if len(common) >= 2 or (common and min(len(ours), len(baseline)) < 2):
+    fewest = min(len(ours), len(baseline))
+    if len(common) >= 2 or (common and fewest < 2):
         differences = [ours[seed] - baseline[seed] for seed in common]
-        half = (
-            t_95(len(common) - 1) * statistics.stdev(differences) / len(common) ** 0.5
-            if len(common) > 1
-            else None
-        )
+        half = None
+        if len(common) > 1:
+            half = t_95(len(common) - 1) * deviation(differences) / len(common) ** 0.5
         return statistics.mean(differences), half, f"paired, {len(common)}"
-    mean = statistics.mean(ours.values()) - statistics.mean(baseline.values())
-    if min(len(ours), len(baseline)) < 2:
+    samples = list(ours.values()), list(baseline.values())
+    mean = statistics.mean(samples[0]) - statistics.mean(samples[1])
+    if fewest < 2:
         return mean, None, "unpaired"
     # Welch 1947: unequal variances.
-    parts = [statistics.variance(runs.values()) / len(runs) for runs in (ours, baseline)]
-    degrees = (
-        sum(parts) ** 2
-        / sum(part**2 / (len(runs) - 1) for part, runs in zip(parts, (ours, baseline)))
-        if sum(parts)
-        else 1
-    )
+    parts = [statistics.variance(sample) / len(sample) for sample in samples]
+    weights = [part**2 / (len(sample) - 1) for part, sample in zip(parts, samples)]
+    degrees = sum(parts) ** 2 / sum(weights) if sum(parts) else 1
     return mean, t_95(degrees) * sum(parts) ** 0.5, "unpaired"
 
 
@@ -262,55 +262,25 @@ class Row:
     runs: list
 
     def losses(self):
-        """{seed: [final validation losses]}"""
-        found = collections.defaultdict(list)
-        for run in self.runs:
-            found[run.config["seed"]].append(run.result["validation_loss"])
-        return found
-
-    def scores(self, score):
-        """A kind of score by seed of the fine-tuning, over all runs: {"last": {seed: [scores]},
-        "best": ...}; {} without any."""
-        found = {}
-        for run in self.runs:
-            for kind, seeds in run.scores.get(score, {}).items():
-                for seed, value in seeds.items():
-                    found.setdefault(kind, {}).setdefault(seed, []).append(value)
-        return found
-
-    def independent_scores(self, score):
-        """(the unit, {"last": [scores], "best": ...}) to average: of each pre-training the mean,
-        where seeds of it have the score and it depends on them; else of each fine-tuning seed. None
-        without any."""
-        seeds = {run.config["seed"] for run in self.runs if score in run.scores}
-        if score.untrained or len(seeds) < 2:
-            found = self.scores(score)
-            return (
-                (
-                    "fine-tuning",
-                    {
-                        kind: list(map(statistics.mean, values.values()))
-                        for kind, values in found.items()
-                    },
-                )
-                if found
-                else None
-            )
-        found = {"last": collections.defaultdict(list), "best": collections.defaultdict(list)}
-        for run in self.runs:
-            for kind, values in run.scores.get(score, {}).items():
-                found[kind][run.config["seed"]].append(statistics.mean(values.values()))
-        return "pre-training", {
-            kind: list(map(statistics.mean, values.values())) for kind, values in found.items()
-        }
+        """{seed: final validation loss}; of a seed that ran twice the mean."""
+        return averaged((run.config["seed"], run.result["validation_loss"]) for run in self.runs)
 
     def mean_loss(self):
-        """The mean over seeds, one that ran twice counts once; None without a run."""
-        return (
-            statistics.mean(statistics.mean(values) for values in self.losses().values())
-            if self.runs
-            else None
-        )
+        """The mean over seeds; None without a run."""
+        return statistics.mean(self.losses().values()) if self.runs else None
+
+    def scores(self, score, kind):
+        """(unit, {seed: mean score}) of the "last" or "best" epochs. The unit is "pre-training"
+        where seeds of it have the score and it depends on them, else "fine-tuning"."""
+        found = [
+            (run.config["seed"], run.scores[score][kind])
+            for run in self.runs
+            if score in run.scores
+        ]
+        if score.untrained or len({seed for seed, _ in found}) < 2:
+            return "fine-tuning", averaged(pair for _, own in found for pair in own.items())
+        means = ((seed, statistics.mean(own.values())) for seed, own in found)
+        return "pre-training", averaged(means)
 
 
 @dataclass
@@ -421,48 +391,38 @@ def record_of(row, table, points, titles):
     """A row of a table as {column: value}, None where it is missing. `points`: the baseline's
     (budget hours, final loss) at all budgets of the family; `titles`: of the fine-tuning's
     scores."""
-    means = [statistics.mean(values) for values in row.losses().values()]
+    losses = row.losses()
     record = dict.fromkeys(COLUMNS) | {
         "family": table.family,
         "group": table.title,
         "reference": table.reference,
         "method": row.label,
-        "n": len(means),
+        "n": len(losses),
         "settings": json.dumps(row.settings),
     }
     record |= dict(zip(BUDGET, table.budget))
-    if not means:
+    if not losses:
         return record
     record |= {name: row.runs[0].config[name] for name in ("model", "size", "data", "train_on")}
-    record |= {
-        "validation_loss": row.mean_loss(),
-        "standard_deviation": statistics.stdev(means) if len(means) > 1 else None,
-    }
+    record["validation_loss"] = row.mean_loss()
+    record["standard_deviation"] = deviation(losses.values())
     if table.baseline and row is not table.baseline:
-        record["difference"], record["interval_95"], record["how"] = difference(
-            row.losses(), table.baseline.losses()
-        )
+        gap = difference(losses, table.baseline.losses())
+        record |= zip(("difference", "interval_95", "how"), gap)
     if table.budget[0]:
         record["speed_up"] = speed_up(points, record["validation_loss"], table.budget[0])
-    for name, value in (
-        ("updates", lambda result: result["updates"]),
-        ("rows", lambda result: result["rows"]),
-        ("charged_hours", lambda result: result["charged_seconds"] / 3600),
-        ("free_hours", lambda result: result["free_seconds"] / 3600),
-        ("wall_hours", lambda result: result["wall_seconds"] / 3600),
-        ("stalls", lambda result: result.get("stalls", 0)),
-    ):
-        record[name] = statistics.mean(value(run.result) for run in row.runs)
+    for name in ("updates", "rows", "stalls"):
+        record[name] = statistics.mean(run.result.get(name, 0) for run in row.runs)
+    for name in ("charged", "free", "wall"):
+        seconds = statistics.mean(run.result[f"{name}_seconds"] for run in row.runs)
+        record[f"{name}_hours"] = seconds / 3600
     for score, title in titles.items():
-        if found := row.independent_scores(score):
-            for kind, scores in found[1].items():
-                record |= {
-                    f"{title} {kind}": statistics.mean(scores),
-                    f"{title} {kind} deviation": statistics.stdev(scores)
-                    if len(scores) > 1
-                    else None,
-                }
-            record |= {f"{title} n": len(found[1]["last"]), f"{title} n of": found[0]}
+        for kind in ("last", "best"):
+            unit, scores = row.scores(score, kind)
+            if scores:
+                record[f"{title} {kind}"] = statistics.mean(scores.values())
+                record[f"{title} {kind} deviation"] = deviation(scores.values())
+                record |= {f"{title} n": len(scores), f"{title} n of": unit}
     return record
 
 
@@ -496,28 +456,17 @@ def markdown(records):
         "rows | charged h | free h | wall h | stalls |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    forms = {"speed_up": ".2f", "updates": ",.0f", "rows": ",.0f"}
+    forms |= dict.fromkeys(("charged_hours", "free_hours", "wall_hours", "stalls"), ".3g")
     for r in records:
-        loss = (
-            f"{r['validation_loss']:.4f} ± {formatted(r['standard_deviation'], '.4f')}"
-            if r["n"]
-            else MISSING
-        )
-        gap = MISSING
+        loss = gap = MISSING
+        if r["n"]:
+            loss = f"{r['validation_loss']:.4f} ± {formatted(r['standard_deviation'], '.4f')}"
         if r["difference"] is not None:
             gap = f"{r['difference']:+.4f} ± {formatted(r['interval_95'], '.4f')} ({r['how']})"
-        cells = [
-            r["method"],
-            r["n"],
-            loss,
-            gap,
-            formatted(r["speed_up"], ".2f"),
-            formatted(r["updates"], ",.0f"),
-            formatted(r["rows"], ",.0f"),
-        ]
-        cells += [
-            formatted(r[name], ".3g") for name in ("charged_hours", "free_hours", "wall_hours")
-        ] + [formatted(r["stalls"], ".3g")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = [r["method"], str(r["n"]), loss, gap]
+        cells += [formatted(r[name], form) for name, form in forms.items()]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -545,51 +494,47 @@ def titles_of(runs):
 def downstream_markdown(rows, titles):
     """Scores after the last epoch, and the best one, by task, what pre-training adds to them, and
     how they were made; "" if there are none."""
-    present = [score for score in titles if any(row.scores(score) for row in rows)]
+    runs = [run for row in rows for run in row.runs]
+    present = [score for score in titles if any(score in run.scores for run in runs)]
     if not present:
         return ""
-    lines = [
-        "| method | " + " | ".join(titles[score] for score in present) + " |",
-        "|---" * (len(present) + 1) + "|",
-    ]
+    header = " | ".join(titles[score] for score in present)
+    lines = [f"| method | {header} |", "|---" * (len(present) + 1) + "|"]
+    gains = []
     for row in rows:
         cells = []
         for score in present:
-            unit, found = row.independent_scores(score) or (None, None)
-            cells.append(
-                ", best ".join(tasks.percent(found[kind], unit) for kind in ("last", "best"))
-                if unit
-                else MISSING
-            )
+            unit, last = row.scores(score, "last")
+            if not last:
+                cells.append(MISSING)
+                continue
+            best = row.scores(score, "best")[1]
+            both = (tasks.percent(kind.values(), unit) for kind in (last, best))
+            cells.append(", best ".join(both))
+            _, untrained = row.scores(score._replace(untrained=True), "last")
+            if untrained and not score.untrained:
+                gains.append(f"{row.label}, {titles[score]}, {gain(unit, last, untrained)}")
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
-    lines.append("")
-    for row, score in itertools.product(rows, present):
-        found, untrained = row.independent_scores(score), row.scores(score._replace(untrained=True))
-        if not score.untrained and found and untrained:
-            unit, kinds = found
-            # Pre-trainings have no partner among the untrained, whose seeds are of the fine-tuning:
-            # two samples, not pairs.
-            ours = (
-                row.scores(score)["last"]
-                if unit == "fine-tuning"
-                else {(unit, number): [value] for number, value in enumerate(kinds["last"])}
-            )
-            mean, half, how = difference(ours, untrained["last"])
-            interval = MISSING if half is None else f"{100 * half:.1f}"
-            lines.append(
-                f"{row.label}, {titles[score]}, last epoch: pre-trained minus untrained "
-                f"{100 * mean:+.1f} ± {interval} points, 95% over {unit} seeds ({how})"
-            )
-    recipes = collections.defaultdict(list)
-    for score in present:
-        if score.task not in recipes[score.suite, score.recipe]:
-            recipes[score.suite, score.recipe].append(score.task)
-    lines += [
-        f"{suite} ({', '.join(own)}): "
-        f"{', '.join(f'{name} {value}' for name, value in json.loads(recipe).items())}"
-        for (suite, recipe), own in recipes.items()
-    ]
-    return "\n".join(lines)
+    recipes = grouped(present, lambda score: (score.suite, score.recipe))
+    for (suite, recipe), scores in recipes.items():
+        own = dict.fromkeys(score.task for score in scores)
+        settings = (f"{name} {value}" for name, value in json.loads(recipe).items())
+        gains.append(f"{suite} ({', '.join(own)}): {', '.join(settings)}")
+    return "\n".join([*lines, "", *gains])
+
+
+def gain(unit, trained, untrained):
+    """What pre-training adds to a score, in points."""
+    if unit == "pre-training":
+        # They have no partner among the untrained, whose seeds are of the fine-tuning: two samples,
+        # not pairs.
+        trained = {(unit, seed): score for seed, score in trained.items()}
+    mean, half, how = difference(trained, untrained)
+    interval = MISSING if half is None else f"{100 * half:.1f}"
+    return (
+        f"last epoch: pre-trained minus untrained {100 * mean:+.1f} ± {interval} points, 95% over "
+        f"{unit} seeds ({how})"
+    )
 
 
 # -- Figures ---------------------------------------------------------------------------------------

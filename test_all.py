@@ -4242,17 +4242,14 @@ def test_differences_and_intervals_are_scipys():
     generator = np.random.default_rng(0)
     for count in (2, 3, 5, 12):
         ours, theirs = generator.normal(size=(2, count))
-        paired = report.difference(
-            {seed: [x] for seed, x in enumerate(ours)}, {seed: [x] for seed, x in enumerate(theirs)}
-        )
+        paired = report.difference(dict(enumerate(ours)), dict(enumerate(theirs)))
         interval = stats.ttest_rel(ours, theirs).confidence_interval()
         assert paired[:2] == pytest.approx(
             [(interval.low + interval.high) / 2, (interval.high - interval.low) / 2], rel=1e-3
         )
         if count > 2:
             unpaired = report.difference(
-                {seed: [x] for seed, x in enumerate(ours)},
-                {100 + seed: [x] for seed, x in enumerate(theirs[:-1])},
+                dict(enumerate(ours)), dict(enumerate(theirs[:-1], 100))
             )
             welch = stats.ttest_ind(ours, theirs[:-1], equal_var=False)
             interval = welch.confidence_interval()
@@ -4267,15 +4264,10 @@ def test_differences_and_intervals_are_scipys():
                 and rounded >= 0.999
                 and unpaired[2] == "unpaired"
             )
-    assert report.difference({0: [2.0]}, {0: [1.0]}) == (1.0, None, "paired, 1")
-    # A seed twice is one seed.
-    assert report.difference({0: [2.0, 4.0], 1: [9.0]}, {0: [1.0]}) == (
-        2.0,
-        None,
-        "paired, 1",
-    )
+    assert report.difference({0: 2.0}, {0: 1.0}) == (1.0, None, "paired, 1")
+    assert report.averaged([(0, 2.0), (0, 4.0), (1, 9.0)]) == {0: 3.0, 1: 9.0}  # a seed twice
     # One common seed is too few for an interval.
-    assert report.difference({0: [2.0], 1: [4.0]}, {1: [1.0], 2: [3.0]})[2] == "unpaired"
+    assert report.difference({0: 2.0, 1: 4.0}, {1: 1.0, 2: 3.0})[2] == "unpaired"
     for degrees, value in enumerate(report.T_95, 1):
         assert value == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
 
@@ -4669,10 +4661,7 @@ def test_the_tables_of_results_are_the_reports(tmp_path, capsys):
         assert f"{np.mean(mine):.1f}% ± {np.std(mine, ddof=1):.1f}" in page
     for name in list(accuracies)[:2]:
         mean, half, _ = report.difference(
-            *(
-                dict(enumerate([value] for value in accuracies[which]))
-                for which in (name, "untrained")
-            )
+            *(dict(enumerate(accuracies[which])) for which in (name, "untrained"))
         )
         assert f"mean {mean:+.2f} ± {half:.2f}" in page
 
