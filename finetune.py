@@ -32,30 +32,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as models
+import runs
 import tasks
-from data.corpus import load_meta
-from data.prepare import (
-    SPECIAL_TOKENS,
-    TOKENIZERS,
-    SentencePieceTokenizer,
-    corpus_folder,
-    load_tokenizer,
-)
+from data.prepare import SPECIAL_TOKENS, SentencePieceTokenizer, load_tokenizer
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
 from parallel import print0
-from runs import (
-    CONFIG,
-    ROOT,
-    check_record,
-    git_commit,
-    identify,
-    locked,
-    read_record,
-    relative_path,
-    status,
-    write_json,
-)
 
 SEEDS = 2**32  # torch and NumPy take no more
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
@@ -86,11 +68,8 @@ def reading_batch(sources):
     """What both models read: `tokens` (B, T) int64, and `mask` (B, T) bool, True at the tokens that
     are no padding."""
     tokens = padded(sources)
-    return {
-        "tokens": tokens,
-        "mask": torch.arange(tokens.shape[1])
-        < torch.tensor([len(source) for source in sources])[:, None],
-    }
+    lengths = torch.tensor([len(source) for source in sources])
+    return {"tokens": tokens, "mask": torch.arange(tokens.shape[1]) < lengths[:, None]}
 
 
 class Classifier(nn.Module):
@@ -114,13 +93,10 @@ class Classifier(nn.Module):
         lengths, room = [len(part) for part in parts], self.recipe.max_length - 1 - len(parts)
         while sum(lengths) > room:
             lengths[lengths.index(max(lengths))] -= 1
-        return array(
-            "i",
-            [
-                CLS,
-                *(token for part, length in zip(parts, lengths) for token in (*part[:length], SEP)),
-            ],
-        ), row.label
+        tokens = array("i", [CLS])
+        for part, length in zip(parts, lengths):
+            tokens.extend([*part[:length], SEP])
+        return tokens, row.label
 
     def batch(self, encoded):
         """`tokens` and `mask` (B, T), `labels` (B,)."""
@@ -195,13 +171,13 @@ KINDS = {"bert": Classifier, "t5": Writer}
 def kind_of(folder):
     """ "bert" or "t5": which model a finished run, or a folder of transformers, holds."""
     path = folder / "config.json"
-    config = read_record(path)
+    config = runs.read_record(path)
     if config.get("model_type") == "t5":
         return "t5"
     if "model_type" in config or "id" not in config:
         raise UserError(f"{path} is neither one of a run nor one of transformers with a T5")
-    check_record(config, CONFIG | {"config": {"model": str}}, path)
-    if status(folder) != "finished":
+    runs.check_record(config, runs.CONFIG | {"config": {"model": str}}, path)
+    if runs.status(folder) != "finished":
         raise UserError(f"{folder} is not finished; go on with: python train.py --resume={folder}")
     return config["config"]["model"]
 
@@ -220,9 +196,9 @@ def weights_checksum(folder):
 def load_run(folder, dropout, untrained, seed):
     """(model, tokenizer) of a finished run, or of a folder of transformers; `untrained`: with new
     weights from the seed."""
-    if status(folder) == "finished":
+    if runs.status(folder) == "finished":
         model = models.load(folder / "model.pt", "cpu", dropout=dropout)
-        tokenizer = tokenizer_of(folder)
+        tokenizer = load_tokenizer(folder)
     else:
         model = models.load_transformers(folder, "cpu", dropout=dropout)
         path = folder / "spiece.model"
@@ -241,28 +217,10 @@ def load_run(folder, dropout, untrained, seed):
     return model, tokenizer
 
 
-def tokenizer_of(folder):
-    """The tokenizer that a run was trained with: from its folder, or from its corpus if that is
-    still the same one."""
-    if any((folder / kind.file_name).exists() for kind in TOKENIZERS.values()):
-        return load_tokenizer(folder)
-    stored = read_record(folder / "config.json", CONFIG)
-    config = stored["config"]
-    corpus = Path(config["data"])
-    if not (corpus / "meta.json").exists():
-        corpus = corpus_folder(config["data"], config["model"], config["vocabulary"])
-    if not (corpus / "meta.json").exists() or load_meta(corpus)["checksum"] != stored["corpus"]:
-        raise UserError(
-            f"{folder} has no tokenizer in it, and {relative_path(corpus)} is not (or no longer) "
-            "the corpus that it was trained on; prepare that one again"
-        )
-    return load_tokenizer(corpus)
-
-
 # -- One task, one seed ----------------------------------------------------------------------------
 
 
-def rate(recipe, update, updates):
+def scheduled_lr(recipe, update, updates):
     """The learning rate of an update, counted from 0: a linear warm-up over the task's own first
     updates, then a cosine to zero over the rest, or constant."""
     warm_up = int(recipe.warmup_share * updates)
@@ -270,9 +228,8 @@ def rate(recipe, update, updates):
         return recipe.lr * update / warm_up
     if recipe.schedule == "constant":
         return recipe.lr
-    return (
-        recipe.lr * 0.5 * (1 + math.cos(math.pi * (update - warm_up) / max(1, updates - warm_up)))
-    )
+    progress = (update - warm_up) / max(1, updates - warm_up)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def moved(batch, device):
@@ -333,7 +290,7 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
             for start in range(0, per_epoch * batch, batch):
                 part = order[start : start + batch]
                 for group in optimizer.param_groups:
-                    group["lr"] = rate(recipe, update, updates)
+                    group["lr"] = scheduled_lr(recipe, update, updates)
                 loss = learner.loss(
                     moved(learner.batch([encoded[index] for index in part]), device)
                 )
@@ -403,7 +360,7 @@ class Job:
     def run(self, task_name, seed):
         """One task with one seed, unless its result is there; returns the result."""
         suite, started = tasks.find(self.suite_name), time.perf_counter()
-        with locked(self.data_dir, wait=True):
+        with runs.locked(self.data_dir, wait=True):
             training, evaluated = suite.load(task_name, self.data_dir, self.url, seed)
         evaluated_rows = list(itertools.chain(*evaluated.values()))
         recipe = dataclasses.asdict(self.recipe)
@@ -420,7 +377,7 @@ class Job:
                 "data_checksum": tasks.checksum(evaluated_rows),
             },
         }
-        result_id = identify(result, tasks.checksum(training))
+        result_id = runs.identify(result, tasks.checksum(training))
         path = self.out / f"{task_name}-seed{seed}-{result_id}.json"
         label = f"{task_name} seed {seed}"
         if path.exists():
@@ -441,14 +398,14 @@ class Job:
             "epochs": epochs,
             "evaluated_rows": len(evaluated_rows),
             "seconds": time.perf_counter() - started,
-            "run": relative_path(self.folder),
+            "run": runs.relative_path(self.folder),
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-            "commit": git_commit(),
+            "commit": runs.git_commit(),
             "device": rst.device_name(self.device),
             "torch": torch.__version__,
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        runs.write_json(path, result)
         scores = (
             f"{metric} {100 * score:.1f} (best epoch {100 * best[metric]:.1f})"
             for metric, score in last.items()
@@ -503,15 +460,15 @@ def main(arguments=None):
         options.suite,
         recipe,
         options.untrained,
-        data_dir=Path(options.data_dir or ROOT / "data" / options.suite),
+        data_dir=Path(options.data_dir or runs.ROOT / "data" / options.suite),
         url=options.base_url or suite.URL,
         device=options.device,
         out=Path(options.out or folder / "finetuned" / options.suite),
     )
     untrained = ", untrained," if options.untrained else ""
     print0(
-        f"{relative_path(folder)}{untrained} on {', '.join(chosen)} of {options.suite}; results in "
-        f"{relative_path(job.out)}"
+        f"{runs.relative_path(folder)}{untrained} on {', '.join(chosen)} of {options.suite}; "
+        f"results in {runs.relative_path(job.out)}"
     )
     settings = dataclasses.asdict(recipe) | {"seeds": ", ".join(map(str, seeds))}
     print0("  recipe   " + ", ".join(f"{name} {value}" for name, value in settings.items()))

@@ -3879,12 +3879,12 @@ def test_fine_tunings_rate_is_that_of_transformers():
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * updates), updates)
         for update in range(updates):
-            assert finetune.rate(recipe, update, updates) == pytest.approx(
+            assert finetune.scheduled_lr(recipe, update, updates) == pytest.approx(
                 optimizer.param_groups[0]["lr"]
             )
             optimizer.step()
             schedule.step()
-    assert {finetune.rate(sni.RECIPE, update, 10) for update in range(10)} == {5e-5}
+    assert {finetune.scheduled_lr(sni.RECIPE, update, 10) for update in range(10)} == {5e-5}
 
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
@@ -3952,13 +3952,11 @@ def test_fine_tuning_learns_and_starts_anew_for_every_task(finished_runs):
 
 def test_a_run_carries_its_tokenizer(finished_runs, corpus_folder, tmp_path):
     run = shutil.copytree(finished_runs["bert"], tmp_path / "run")
-    assert finetune.tokenizer_of(run).vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
-    (run / "tokenizer.json").unlink()  # as a run of an earlier version: its corpus has it
-    assert finetune.tokenizer_of(run).vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
-    stored = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(stored | {"corpus": "of another text"}))
-    with pytest.raises(UserError, match="no tokenizer in it"):
-        finetune.tokenizer_of(run)
+    _, tokenizer = finetune.load_run(run, 0.0, False, 0)
+    assert tokenizer.vocabulary == prepare.load_tokenizer(corpus_folder).vocabulary
+    (run / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer here"):
+        finetune.load_run(run, 0.0, False, 0)
     pretrained, _ = finetune.load_run(finished_runs["bert"], 0.0, False, 0)
     untrained, _ = finetune.load_run(finished_runs["bert"], 0.0, True, 0)
     assert not torch.equal(pretrained.embedding, untrained.embedding)
