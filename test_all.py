@@ -1908,6 +1908,30 @@ def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, 
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("reference", ["this", "mine.json"])
+def test_a_run_resumes_wherever_everything_was_moved(
+    corpus_folder, tmp_path, monkeypatch, reference
+):
+    """Its folder, its corpus and its reference's file; on another number of threads."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(corpus_folder, before / "corpus")
+    monkeypatch.chdir(before)
+    mine = rst.Reference("mine", {"bert": 1.0}, "a test")
+    Path("mine.json").write_text(json.dumps(dataclasses.asdict(mine)))
+    flags = [f"--reference={reference}", "--budget_hours=1e-4", "--method=rho", "--validations=1"]
+    monkeypatch.setattr("runs.ROOT", before)
+    result = train.main(small_run("corpus", "run", *flags))
+    Path("run/result.json").unlink()
+    Path("mine.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    before.rename(after)
+    monkeypatch.setattr("runs.ROOT", after)
+    with pytest.raises(SystemExit):  # data/ does not have it
+        train.main(["--resume=after/run"])
+    again = train.main(["--resume=after/run", "--data=after/corpus", "--threads=1"])
+    assert again["updates"] == result["updates"]
+
+
 def test_a_signal_in_the_last_update_finishes_the_run_and_stops_what_needed_it(
     project, corpus_folder, tmp_path
 ):
@@ -3362,7 +3386,7 @@ def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
     (run / "checkpoint.pt").write_bytes(checkpoint)
     config = (run / "config.json").read_text()
     (run / "config.json").write_text(config.replace('"lr": 0.001', '"lr": 0.5'))
-    fails([f"--resume={run}"], "undo what was changed in its config.json")
+    fails([f"--resume={run}"], "its config.json was changed")
     (run / "config.json").write_text(config.replace('"lr": 0.001', '"lr": "high"'))
     fails([f"--resume={run}"], "config.json, config: lr is 'high', expected float or null")
     (run / "config.json").write_text(config)

@@ -228,7 +228,6 @@ def check(config):
         if name in options:
             options[name].check(name, value)
     rst.check_device(config.device)
-    rst.find_reference(config.reference)
 
 
 # -- A run before it runs --------------------------------------------------------------------------
@@ -252,13 +251,14 @@ def plan(config, reference=None, folder=None, stored=None):
     """The `Plan` of a configuration.
 
     Args:
-        reference: its record, where the flag's file may have moved.
+        reference: its record, where this plan belongs to a run that has one.
         folder, stored: of a run that is resumed, and its config.json.
     """
-    reference = reference or rst.find_reference(config.reference)
-    if not reference.probe_seconds:
-        here = f"{rst.device_name(config.device)}, --threads={config.threads}"
-        reference = dataclasses.replace(reference, provenance=f"plain time of {here}")
+    if not reference:
+        reference = rst.find_reference(config.reference)
+        if not reference.probe_seconds:  # then an hour is what it is here
+            here = f"plain time of {rst.device_name(config.device)}, --threads={config.threads}"
+            reference = dataclasses.replace(reference, provenance=here)
     started = config
     if stored:
         before = {name: stored["config"][name] for name in ("dtype", "compile")}
@@ -273,10 +273,9 @@ def plan(config, reference=None, folder=None, stored=None):
     if runs.status(folder) != "new":
         found = runs.read_record(folder / "config.json", runs.CONFIG)["id"]
         if found != run_id:
-            raise UserError(
-                f"{runs.relative_path(folder)} holds the run {found}, and this is {run_id}: choose "
-                "another --out, or, if it is resumed, undo what was changed in its config.json"
-            )
+            what = "its config.json was changed" if stored else "choose another --out"
+            place = runs.relative_path(folder)
+            raise UserError(f"{place} holds the run {found}, and this is {run_id}; {what}")
     return Plan(config, started, reference, corpus_folder, checksum, folder, run_id)
 
 
