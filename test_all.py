@@ -862,6 +862,7 @@ def t5_batch(rows, length, targets, padded=True):
     return {"tokens": tokens.where(mask, 0), "labels": labels, "mask": mask}
 
 
+@pytest.mark.slow
 def test_t5_base_has_the_published_parameters_and_initial_values():
     torch.manual_seed(0)
     model = models.build("t5", "base", 32128)
@@ -892,6 +893,7 @@ def test_t5_base_has_the_published_parameters_and_initial_values():
             ), name
 
 
+@pytest.mark.slow
 def test_t5_equals_transformers():
     torch.manual_seed(0)
     theirs, ours = transformers_t5(T5_SHAPE), models.T5(T5_SHAPE)
@@ -1277,6 +1279,7 @@ def make_optimizer(name, groups, rms_scaling, compile):
     return optimizers.RuleOptimizer(groups, 1.0, rule, new, rms_scaling, compile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     "name, rms_scaling",
@@ -1441,6 +1444,7 @@ def add_methods(project, *names):
         (project / "methods" / f"{name}.py").write_text(source)
 
 
+@pytest.mark.slow
 def test_methods_are_found_by_file_and_combined(project):
     add_methods(project, "wide", "plain_sgd", "narrow", "narrow_layers")
     script = textwrap.dedent("""
@@ -1479,6 +1483,7 @@ def test_methods_are_found_by_file_and_combined(project):
 # -- Training --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_budget_in_hours(corpus_folder, tmp_path):
     train.main(
         small_run(corpus_folder, tmp_path / "run", "--budget_hours=0.0005", "--validations=2")
@@ -1500,6 +1505,7 @@ def test_budget_in_hours(corpus_folder, tmp_path):
     assert result["charged_seconds"] < result["wall_seconds"]
 
 
+@pytest.mark.slow
 def test_it_learns(corpus_folder, tmp_path):
     result = train.main(
         small_run(
@@ -1518,6 +1524,7 @@ def t5_run(t5_folder, out, *flags):
     return small_run(t5_folder, out, "--model=t5", *flags)
 
 
+@pytest.mark.slow
 def test_t5_in_the_loop(project, t5_folder, tmp_path):
     """One process, two, another micro-batch, killed and resumed: the same; and the rate ends at
     1e-5 of its peak."""
@@ -1570,6 +1577,7 @@ def test_tokens_of_the_other_model_are_refused(t5_folder, corpus_folder, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_the_micro_batch(corpus_folder, tmp_path):
     losses = {}
     for micro_batch in (1, 4, 6):
@@ -1588,6 +1596,7 @@ def test_result_does_not_depend_on_the_micro_batch(corpus_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(corpus_folder, tmp_path):
     train.main(small_run(corpus_folder, tmp_path / "one", "--budget_steps=20", "--validations=2"))
     result = command(
@@ -1608,6 +1617,7 @@ def test_two_processes_equal_one(corpus_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_nothing_keeps_the_process_group_alive(corpus_folder, tmp_path):
     """A group that outlives the run has threads that can abort the interpreter at its end."""
     script = textwrap.dedent("""
@@ -1649,6 +1659,7 @@ def test_rows_are_shared_out_over_groups_and_processes(monkeypatch):
         parallel.micro_batches([(np.arange(2), 0)], 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision_is_near_fp32(corpus_folder, tmp_path, dtype):
     losses = {}
@@ -1740,6 +1751,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
     )
 
 
+@pytest.mark.slow
 def test_growing_and_unused_layers(project, corpus_folder, tmp_path):
     add_methods(project, "grow")
     result = command(
@@ -1762,6 +1774,7 @@ def test_growing_and_unused_layers(project, corpus_folder, tmp_path):
     assert models.load(tmp_path / "run" / "model.pt").present_layers == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_prerequisite_is_trained_once_and_reused(project, corpus_folder, tmp_path):
     add_methods(project, "teacher")
     for expected in ("training", "reusing"):
@@ -1780,6 +1793,7 @@ def test_a_prerequisite_is_trained_once_and_reused(project, corpus_folder, tmp_p
     assert 0 < stored["free_seconds"] and stored["charged_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_methods_work_is_charged_in_full(project, corpus_folder, tmp_path):
     add_methods(project, "burst")
     result = command(
@@ -1798,6 +1812,7 @@ def test_a_methods_work_is_charged_in_full(project, corpus_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
     """Two processes, of which one saves for a second after every update, and is ready a second
     later."""
@@ -1835,6 +1850,7 @@ def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
     assert max(record["charged_seconds"] for record in log_of(tmp_path / "run")[0]) < 0.7
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(project, corpus_folder, tmp_path):
     add_methods(project, "kill")
     flags = [
@@ -1867,6 +1883,7 @@ def test_killed_and_resumed_equals_uninterrupted(project, corpus_folder, tmp_pat
     assert [r["validation_loss"] for r in one[1]] == [r["validation_loss"] for r in other[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(project, corpus_folder, tmp_path, number):
     add_methods(project, "kill")
@@ -1932,6 +1949,7 @@ def test_a_run_resumes_wherever_everything_was_moved(
     assert again["updates"] == result["updates"]
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_update_finishes_the_run_and_stops_what_needed_it(
     project, corpus_folder, tmp_path
 ):
@@ -1981,6 +1999,7 @@ def started(corpus_folder, t5_folder, tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_sophias_estimate_is_the_gauss_newton_diagonal():
     """Of a softmax of W x with the mean cross-entropy: mean over the tokens of x_j^2 p_k (1 -
     p_k)."""
@@ -2112,6 +2131,7 @@ def bare_layer_drop(model, gamma, **options):
     return layer_drop.LayerDrop(model, corpus, clock, config, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "present", [[0, 1, 2, 3], [0, 1]]
 )  # the whole model, and one that stacking has not grown yet
@@ -2141,6 +2161,7 @@ def test_layer_drop_keeps_as_its_formula_says(theta_bar, present):
         ).all(), (counts / draws, keep)
 
 
+@pytest.mark.slow
 def test_each_group_of_rows_has_layers_of_its_own(started, corpus_folder, tmp_path, monkeypatch):
     """Three draws an update, as base has twelve; a rate of 0 keeps the weights where they can be
     known."""
@@ -2241,6 +2262,7 @@ def test_selection_percentiles_equal_counts():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_selective_backprop_equals_the_literal_loop(started, beta):
     method, part, _ = started(
@@ -2649,6 +2671,7 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_methods_combine_and_resume(contract, monkeypatch, tmp_path, model):
     """Killed and resumed the same bits; with two processes, saved on the way, the same within
@@ -2698,6 +2721,7 @@ def test_methods_that_claim_one_hook_do_not_combine():
             methods.find(name)
 
 
+@pytest.mark.slow
 def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypatch):
     """By a clock on which only such a pass takes time: a second, exactly."""
     monkeypatch.setattr("runs.ROOT", tmp_path)
@@ -2744,6 +2768,7 @@ def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypat
         assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("runs.ROOT", tmp_path)
     places = (tmp_path / str(number) for number in itertools.count())
@@ -2793,6 +2818,7 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
     )
 
 
+@pytest.mark.slow
 def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
     """As it stands there; killed and resumed, with another option, next to one of the six."""
     (example,) = re.findall(
@@ -2823,6 +2849,7 @@ def test_the_readmes_method_is_complete(project, corpus_folder, tmp_path):
     assert [record["largest_loss"] for record in one] == [record["largest_loss"] for record in two]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
     "name, model",
@@ -2850,6 +2877,7 @@ def test_layers_that_come_and_go_are_not_compiled_again(
     )
 
 
+@pytest.mark.slow
 def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(
     project, corpus_folder, tmp_path
 ):
@@ -2902,6 +2930,7 @@ def test_orthogonalised_is_nearly_the_polar_factor():
             assert 0.4 < diagonal.min() and diagonal.max() < 1.3 and 0.8 < diagonal.mean() < 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_muon_equals_torchs(started, monkeypatch, model):
     """torch.optim.Muon on the hidden matrices and AdamW on the rest, with layers that miss updates;
@@ -3043,6 +3072,7 @@ def test_wsd_equals_its_formula(shape):
     assert all(part.schedule(n / 997) == one_cycle(n / 997) for n in range(998))
 
 
+@pytest.mark.slow
 def test_lawa_averages_the_latest_weights(started, corpus_folder, t5_folder, tmp_path, monkeypatch):
     """Training is the baseline's bit for bit; what is evaluated is torch's AveragedModel of the
     copies."""
@@ -3497,6 +3527,7 @@ def random_answers(generator, kind):
     return pair
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A single label was found")
 def test_metrics_are_those_of_scikit_learn_and_scipy():
     from scipy import stats
@@ -3678,6 +3709,7 @@ def finished_runs(corpus_folder, t5_folder, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["glue", "superglue", "sni"])
 def test_every_task_runs_end_to_end(finished_runs, tmp_path, monkeypatch, capsys, suite):
     """Stopped in its third task (sni has only one), it goes on there; its results are the tasks'
@@ -3911,6 +3943,7 @@ def test_fine_tunings_rate_is_that_of_transformers():
     assert {finetune.scheduled_lr(sni.RECIPE, update, 10) for update in range(10)} == {5e-5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_neighbours_and_batch_size_change_no_prediction(
     finished_runs, tmp_path, monkeypatch, model
@@ -3955,6 +3988,7 @@ def test_neighbours_and_batch_size_change_no_prediction(
     assert len(set(predictions[0])) > 6
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_and_starts_anew_for_every_task(finished_runs):
     """It tells rows with one word from rows with another; the same seed gives the same scores."""
     task = glue.TASKS["sst2"]
@@ -4538,6 +4572,7 @@ def test_the_mean_of_a_suite_is_of_its_own_tasks(tmp_path, capsys):
     assert " all score" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_a_message(
     finished_runs, tmp_path, corpus_folder, monkeypatch, capsys
 ):
@@ -4708,6 +4743,7 @@ def small_study(corpus_folder, *flags):
     ]
 
 
+@pytest.mark.slow
 def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     flags = small_study(
         corpus_folder, "--methods=baseline,stacking", "--seeds=0,1", "--budgets=0.0002"
@@ -4751,6 +4787,7 @@ def test_a_study_keeps_resumes_and_makes_runs(project, corpus_folder):
     assert wrong.returncode == 2 and "--data=seed: not prepared" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder):
     flags = small_study(corpus_folder, "--methods=fails,baseline", "--seeds=0", "--budgets=0.002")
     (project / "methods" / "fails.py").write_text(
