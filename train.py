@@ -324,6 +324,7 @@ def find_corpus(config, checksum=None):
         )
     if not (folder / "meta.json").exists():
         prepare_corpus(config)
+    wait_for_all()
     meta = load_meta(folder)
     for name, found, wanted in (
         ("model", meta["model"], config.model),
@@ -360,7 +361,6 @@ def prepare_corpus(config):
         done = subprocess.run([sys.executable, str(runs.ROOT / "data" / "prepare.py"), *arguments])
         if done.returncode:
             raise UserError(f"preparing pydocs failed (exit status {done.returncode})")
-    wait_for_all()
 
 
 def ensure_run(name, config, reference=None):
