@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -102,6 +103,26 @@ def written_whole(path):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder):
+    """The same for a folder, under a lock: what an earlier process left behind when it was killed
+    is cleared away."""
+    new, old = (folder.with_name(f"{folder.name}.{ending}") for ending in ("tmp", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path, record):

@@ -310,6 +310,18 @@ def test_a_preparation_that_fails_leaves_the_corpus_that_was_there(corpus_folder
     ]
 
 
+def killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_noticed(corpus_folder, tmp_path, monkeypatch):
+    text = corpus_folder.parent / "text.jsonl"
+    monkeypatch.setattr(prepare, "encode_block", killed)
+    with pytest.raises(UserError, match="a worker process was killed"):
+        prepare.prepare("invented", text, 512, folder=tmp_path / "data" / "out")
+    assert not (tmp_path / "data").exists()
+
+
 class BrokenServer(http.server.SimpleHTTPRequestHandler):
     """Serves files with byte ranges, and breaks every first answer off in its middle."""
 
@@ -615,38 +627,23 @@ def test_unigram_entropy(corpus_folder):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    "name, content, message",
     [
-        (lambda folder: os.truncate(folder / "train.bin", 1000), "train.bin has 1,000 bytes"),
-        (
-            lambda folder: (folder / "train.bin").write_bytes(
-                b"\1" * (folder / "train.bin").stat().st_size
-            ),
-            "checksum",
-        ),
-        (
-            lambda folder: (folder / "meta.json").write_text(
-                (folder / "meta.json").read_text().replace("bert", "t5")
-            ),
-            "was changed",
-        ),
-        (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
-        (
-            lambda folder: (folder / "meta.json").write_text(
-                json.dumps({"checksum": prepare.meta_checksum({})})
-            ),
-            "there is no model in it",
-        ),
-        (lambda folder: (folder / "meta.json").unlink(), "no corpus here"),
-        (
-            lambda folder: (folder / "tokenizer.json").write_text("{}"),
-            "tokenizer.json is missing or not",
-        ),
+        ("train.bin", lambda old: old[:1000], "train.bin is missing, or not as prepare.py wrote"),
+        ("train.bin", lambda old: b"\1" * len(old), "train.bin is missing, or not as"),
+        ("meta.json", lambda old: old.replace(b"bert", b"t5"), "meta.json is missing, or not as"),
+        ("meta.json", lambda old: b"{", "meta.json is damaged"),
+        ("meta.json", lambda old: b'{"checksum": ""}', "there is no model in it"),
+        ("meta.json", None, "no corpus here"),
+        ("tokenizer.json", lambda old: b"{}", "tokenizer.json is missing, or not as"),
     ],
 )
-def test_a_damaged_corpus_is_refused(corpus_folder, tmp_path, damage, message):
+def test_a_damaged_corpus_is_refused(corpus_folder, tmp_path, name, content, message):
     copy = shutil.copytree(corpus_folder, tmp_path / "copy")
-    damage(copy)
+    if content:
+        (copy / name).write_bytes(content((copy / name).read_bytes()))
+    else:
+        (copy / name).unlink()
     with pytest.raises(UserError, match=message):
         Corpus(copy)
 

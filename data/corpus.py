@@ -35,24 +35,16 @@ MASK = SPECIAL_TOKENS.index("[MASK]")
 MASK_SHARE = 0.15  # of a row's tokens are predicted, in both models (the study): BERT's 19 of 128
 MEAN_SPAN = 3.0  # tokens, of T5's span corruption
 
-# Of the same rows, each in an order of its own; the second for passes that train nothing.
-TRAINING_STREAM, SECOND_STREAM = (
-    0,
-    1,
-)
+# Two streams over the same rows, each in its own order: one to train on, and one for forward passes
+# that a method makes beside training, which must not take rows away from it.
+TRAINING_STREAM = 0
+SECOND_STREAM = 1
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
-META = {
-    "checksum": str,
-    "model": str,
-    "vocabulary_size": int,
-    "separator": int,
-    "first_sentinel": (int, None),
-    "train": dict,
-    "val": dict,
-    "tokenizer": str,
-    "tokenizer_checksum": int,
-}
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
+PART = {"documents": int, "tokens": int, "checksums": list}
+META = {"checksum": str, "model": str, "vocabulary_size": int, "separator": int}
+META |= {"first_sentinel": (int, None), "tokenizer": str, "tokenizer_checksum": int}
+META |= {"train": PART, "val": PART}
 
 
 # -- Integer hashing: the same bits from NumPy and from torch, on any device -----------------------
@@ -106,18 +98,18 @@ def permute(numbers, size, key):
 
 
 def smallest(draws, count):
-    """Columns of the `count` smallest draws of every row, in order: (B, N) int64 below 2^33 -> (B,
-    count). The column breaks ties, so that the choice is the same on every device."""
+    """Columns of the `count` smallest draws of every row, in order: (B, N) int64 below 2^33 ->
+    (B, count). The column breaks ties, or devices would choose differently."""
     order = draws * draws.shape[1] + torch.arange(draws.shape[1], device=draws.device)
     return order.topk(count, dim=1, largest=False).indices.sort(dim=1).values
 
 
 class Masking:
-    """BERT's masking with a fixed count: of every row the same number of tokens that are not
-    separators is predicted; of these 80% become [MASK], 10% a random token, 10% stay.
+    """BERT's masking (Devlin et al. 2019), with a fixed count: in every row the same number of
+    tokens, none of them a separator, is predicted. Of these 80% become [MASK], 10% a random token,
+    10% stay. (A fixed count keeps shapes static; a random one would cost padding.)
 
-    Which ones is a matter of each column's hash: of a larger `mask_share` the smaller one's are a
-    part.
+    A larger `mask_share` predicts what the smaller one does, and more.
     """
 
     def __init__(self, row_length, meta, mask_share=MASK_SHARE):
@@ -133,8 +125,8 @@ class Masking:
         `labels` (B, P), with P = `predicted_per_row`."""
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         draws = hash_of(key, positions[:, None], columns)  # (B, T)
-        # Separators come last. A document has at least one token before its separator, so half of
-        # every row can be chosen.
+        # Separators come last. Every document has a token before its separator, so at least half
+        # of a row can be chosen.
         chosen = smallest(draws + (tokens == SEPARATOR) * (1 << 32), self.predicted_per_row)
         labels = tokens.gather(1, chosen)
         fate = hash_of(key, 1, positions[:, None], chosen)
@@ -151,8 +143,7 @@ class Masking:
         }
 
     def label_counts(self, token_counts, rows):
-        """How often each token is a label, up to a factor, from how often it occurs in so many
-        rows."""
+        """How often each token is a label, up to a factor, given how often it occurs in `rows`."""
         return np.where(np.arange(len(token_counts)) == SEPARATOR, 0, token_counts)
 
 
@@ -160,8 +151,8 @@ class SpanCorruption:
     """T5's span corruption (Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans of
     three on average, are replaced by sentinels in what is read, and are what is predicted.
 
-        read:    clean_0 S_0 clean_1 S_1 ... </s>          predicted:    S_0 noise_0 S_1 noise_1 ...
-            </s>
+        read:       clean_0 S_0 clean_1 S_1 ... </s>
+        predicted:  S_0 noise_0 S_1 noise_1 ... </s>
 
     The numbers of noise tokens and of spans are fixed, so a row reads `row_length` tokens (or just
     below, where no raw length gives it exactly) and predicts `predicted_per_row`, without padding.
@@ -185,13 +176,13 @@ class SpanCorruption:
             )
 
     def with_mask_share(self, mask_share, meta):
-        """The same raw tokens, another share of them predicted: a larger one makes shorter rows to
-        read."""
+        """The same raw tokens, another share of them predicted (a larger one leaves less to
+        read)."""
         return SpanCorruption(self.row_length, meta, mask_share, self.raw_length)
 
     def segment(self, items, key, positions):
-        """A uniformly random way to cut `items` into `spans` segments of at least one: (B, spans)
-        ends of the segments."""
+        """Cuts `items` into `spans` segments of at least one, uniformly at random: (B, spans) ends
+        of the segments."""
         gaps = torch.arange(items - 1, device=positions.device)
         ends = smallest(hash_of(key, positions[:, None], gaps), self.spans - 1) + 1
         return F.pad(ends, (0, 1), value=items)
@@ -201,34 +192,31 @@ class SpanCorruption:
         tokens in order, leaving out `skipped[:, n]` of them in all by the time that n sentinels
         have passed."""
         columns = torch.arange(length, device=tokens.device)
-        is_sentinel = torch.zeros(
-            len(tokens), length, dtype=torch.long, device=tokens.device
-        ).scatter_(1, sentinel_columns, 1)
+        is_sentinel = tokens.new_zeros(len(tokens), length).scatter_(1, sentinel_columns, 1)
         passed = is_sentinel.cumsum(dim=1)
-        # The clamp: at sentinels only.
-        raw = (columns - passed + skipped.gather(1, passed)).clamp(max=self.raw_length - 1)
-        row = torch.where(
-            is_sentinel.bool(), self.first_sentinel + 1 - passed, tokens.gather(1, raw)
-        )
+        raw = columns - passed + skipped.gather(1, passed)
+        raw = raw.clamp(max=self.raw_length - 1)  # only a sentinel's, not used, can be beyond
+        sentinels = self.first_sentinel + 1 - passed
+        row = torch.where(is_sentinel.bool(), sentinels, tokens.gather(1, raw))
         return F.pad(row, (0, 1), value=self.end)
 
     def __call__(self, tokens, positions, key):
         """tokens (B, raw_length) and positions (B,) int64 -> dict of `tokens` (B, read_length) and
         `labels` (B, predicted_per_row)."""
-        # Ends, counted in noise tokens alone.
+        # Ends of the noise spans in noise tokens alone, and of the clean ones in clean tokens.
         noise = self.segment(self.noise, hash_of(key, 1), positions)
         clean = self.segment(self.raw_length - self.noise, hash_of(key, 2), positions)
         number = torch.arange(self.spans, device=tokens.device)
         from_zero = F.pad(noise, (1, 0))
         read = self.interleave(tokens, clean + number, from_zero, self.read_length - 1)
-        labels = self.interleave(
-            tokens, from_zero[:, :-1] + number, F.pad(clean, (1, 0)), self.predicted_per_row - 1
-        )
+        before = from_zero[:, :-1] + number  # a span's sentinel stands before it
+        skipped = F.pad(clean, (1, 0))
+        labels = self.interleave(tokens, before, skipped, self.predicted_per_row - 1)
         return {"tokens": read, "labels": labels}
 
     def label_counts(self, token_counts, rows):
-        """As Masking's: the noise tokens' share, and in every row each sentinel and the end once.
-        Nearly so: a row's first token is never noise, its last one always."""
+        """As Masking's: the noise tokens' share, and each sentinel and the end once a row. (About:
+        a row's first token is never noise, its last always.)"""
         counts = token_counts * (self.noise / self.raw_length)
         counts[self.first_sentinel - self.spans + 1 : self.first_sentinel + 1] += rows
         counts[self.end] += rows
@@ -242,12 +230,11 @@ OBJECTIVES = {"bert": Masking, "t5": SpanCorruption}
 
 
 class Corpus:
-    """A prepared folder as rows; a row of BERT reads `row_length` tokens of the stream, one of T5
-    is made of `raw_length` (more) so that it reads `row_length`.
+    """A prepared folder as rows of `raw_length` tokens, of which the model reads `row_length`: the
+    same number for BERT, fewer for T5.
 
     Args:
-        folder: what `data/prepare.py` wrote. It is verified; a UserError names what cannot be
-            trusted.
+        folder: what `data/prepare.py` wrote, verified; a UserError names what cannot be trusted.
         seed: of the row order and the corruption.
         device: where batches are made.
         holdout: share of the rows that is kept from training.
@@ -265,28 +252,21 @@ class Corpus:
         train_on="training",
         validation_rows=10_000,
     ):
-        self.folder, self.seed, self.device, self.row_length = (
-            Path(folder),
-            seed,
-            torch.device(device),
-            row_length,
-        )
+        self.folder, self.device = Path(folder), torch.device(device)
+        self.seed, self.row_length = seed, row_length
         self.meta = load_meta(self.folder)
         self.vocabulary_size = self.meta["vocabulary_size"]
         self.objective = OBJECTIVES[self.meta["model"]](row_length, self.meta)
-        self.raw_length, self.predicted_per_row = (
-            self.objective.raw_length,
-            self.objective.predicted_per_row,
-        )
-        self.train_tokens, self.val_tokens = (
-            load_tokens(self.folder, part, self.meta) for part in ("train", "val")
-        )
-        all_rows = len(self.train_tokens) // self.raw_length
-        holdout_rows = int(all_rows * holdout)
-        # Holdout and training are two ends of one permutation that no seed changes.
+        self.raw_length = self.objective.raw_length
+        self.predicted_per_row = self.objective.predicted_per_row
+        self.train_tokens = load_tokens(self.folder, "train", self.meta)
+        self.val_tokens = load_tokens(self.folder, "val", self.meta)
+        # Holdout and training are two ends of one permutation that no seed changes: a model that
+        # was trained on the holdout has not seen a training row of any other run.
+        self.all_rows = len(self.train_tokens) // self.raw_length
+        holdout_rows = int(self.all_rows * holdout)
         self.first_row = holdout_rows if train_on == "training" else 0
-        self.rows = all_rows - holdout_rows if train_on == "training" else holdout_rows
-        self.all_rows = all_rows
+        self.rows = self.all_rows - holdout_rows if train_on == "training" else holdout_rows
         self.validation_rows = min(validation_rows, len(self.val_tokens) // self.raw_length)
         if self.rows < 1 or self.validation_rows < 1:
             raise UserError(
@@ -294,9 +274,7 @@ class Corpus:
                 f"{self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
-        # BERT's special tokens that stand in rows: [UNK], [CLS], [SEP], [MASK]. ([PAD] does in
-        # none.)
-        self.special_ids = list(range(1, len(SPECIAL_TOKENS)))
+        self.special_ids = list(range(1, len(SPECIAL_TOKENS)))  # of BERT's rows: all but [PAD]
         self.position = [0, 0]  # of each stream: the first position that was not drawn yet
 
     @property
@@ -329,8 +307,8 @@ class Corpus:
         return permute(self.first_row + rows, self.all_rows, hash_of(0))
 
     def read_ahead(self, positions, stream):
-        """Tells the system which rows come next, so that a corpus larger than memory is read in
-        time."""
+        """Tells the system which rows come next: those of a corpus larger than memory are then read
+        from disk while the model trains."""
         if hasattr(mmap, "MADV_WILLNEED") and isinstance(self.train_tokens, np.memmap):
             bytes_per_row = 2 * self.raw_length
             for row in self.row_indices(positions, stream).tolist():
@@ -362,8 +340,8 @@ class Corpus:
         return objective.with_mask_share(mask_share, self.meta)
 
     def validation_batches(self, rows_per_batch, process=0, processes=1):
-        """The fixed validation rows of this process in batches, corrupted the same way in every
-        run."""
+        """This process's validation rows in batches. They are the first of val.bin, corrupted by a
+        key that no seed changes: all runs on a corpus are measured on the same."""
         indices = np.arange(process, self.validation_rows, processes)
         for first in range(0, len(indices), rows_per_batch):
             here = indices[first : first + rows_per_batch]
@@ -372,7 +350,7 @@ class Corpus:
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # pinned, so that the copy need not be waited for
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
@@ -395,51 +373,42 @@ class Corpus:
 
 def gather_rows(tokens, indices, row_length):
     """Rows of a token stream as an int64 array: (len(indices), row_length)."""
-    return (
-        tokens[: len(tokens) // row_length * row_length]
-        .reshape(-1, row_length)[indices]
-        .astype(np.int64)
-    )
+    whole = tokens[: len(tokens) // row_length * row_length]
+    return whole.reshape(-1, row_length)[indices].astype(np.int64)
 
 
 def load_meta(folder):
-    """meta.json, verified against its own checksum."""
+    """meta.json, verified against its own checksum, and the tokenizer against meta.json's."""
     path = folder / "meta.json"
     if not path.exists():
         raise UserError(
             f"{folder}: no corpus here (no meta.json); make it with python data/prepare.py"
         )
     meta = read_record(path, META)
-    if meta["checksum"] != meta_checksum(meta):
-        raise UserError(f"{path} was changed after it was written; prepare the corpus again")
+    verify(path, meta["checksum"] == meta_checksum(meta))
     tokenizer = folder / meta["tokenizer"]
-    if not tokenizer.exists() or zlib.crc32(tokenizer.read_bytes()) != meta["tokenizer_checksum"]:
-        raise UserError(
-            f"{tokenizer} is missing or not the one that encoded this corpus; prepare the corpus "
-            "again"
-        )
+    stored = tokenizer.read_bytes() if tokenizer.exists() else b""
+    verify(tokenizer, zlib.crc32(stored) == meta["tokenizer_checksum"])
     return meta
 
 
 def load_tokens(folder, part, meta):
-    """A .bin file, memory-mapped. Its length is checked, and the checksums of evenly spaced blocks
+    """A .bin file, memory-mapped. Its length is verified, and the checksums of evenly spaced blocks
     of it: all of a small file, 1 GiB of a large one."""
-    path = folder / f"{part}.bin"
-    expected = 2 * meta[part]["tokens"]
+    path, checksums = folder / f"{part}.bin", meta[part]["checksums"]
     size = path.stat().st_size if path.exists() else 0
-    if size != expected:
-        raise UserError(
-            f"{path} has {size:,} bytes, meta.json says {expected:,}; prepare the corpus again"
-        )
-    checksums = meta[part]["checksums"]
-    with open(path, "rb") as file:
-        for block in np.unique(
-            np.linspace(0, len(checksums) - 1, min(len(checksums), CHECKED_BLOCKS)).astype(int)
-        ):
+    verify(path, size == 2 * meta[part]["tokens"])
+    checked = np.linspace(0, len(checksums) - 1, min(len(checksums), CHECKED_BLOCKS)).astype(int)
+    for block in np.unique(checked):
+        with open(path, "rb") as file:
             file.seek(int(block) * CHECKSUM_BYTES)
-            if zlib.crc32(file.read(CHECKSUM_BYTES)) != checksums[block]:
-                raise UserError(
-                    f"{path} is not what was written (its checksum differs); prepare the corpus "
-                    "again"
-                )
+            verify(path, zlib.crc32(file.read(CHECKSUM_BYTES)) == checksums[block])
     return np.memmap(path, dtype=np.uint16, mode="r") if size else np.empty(0, np.uint16)
+
+
+def verify(path, is_as_written):
+    if not is_as_written:
+        raise UserError(
+            f"{path} is missing, or not as prepare.py wrote it (its size or its checksum differs); "
+            "prepare the corpus again"
+        )

@@ -19,6 +19,8 @@ Memory does not grow with the corpus: a bounded number of blocks of lines is in 
 import ast
 import base64
 import collections
+import concurrent.futures
+import contextlib
 import functools
 import glob
 import gzip
@@ -34,11 +36,11 @@ import multiprocessing
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import sysconfig
 import textwrap
+import threading
 import time
 import unicodedata
 import urllib.error
@@ -54,8 +56,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from errors import UserError, exits_on_user_error  # noqa: E402
-from flags import Parser, boolean  # noqa: E402
-from runs import locked  # noqa: E402
+from flags import Option, Parser  # noqa: E402
+from runs import folder_written_whole, locked, write_json  # noqa: E402
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
@@ -68,13 +70,9 @@ C4_SHARDS = 1024
 SUFFIXES = tuple(kind + packed for kind in (".txt", ".json", ".jsonl") for packed in ("", ".gz"))
 
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
-SAMPLE_FILES = 64  # files that the sample is taken from, evenly spaced
-VALIDATION_SHARE = 0.02  # at most this share of the text ...
-# ... and tokens: 10,000 rows, and a margin.
-VALIDATION_TOKENS = {
-    "bert": 10_000 * 128 * 1.1,
-    "t5": 10_000 * 568 * 1.1,
-}
+SAMPLE_FILES = 64  # the tokenizer's sample comes from this many, evenly spaced
+VALIDATION_SHARE = 0.02  # of the text, or less: 10,000 rows of the study, and a margin
+VALIDATION_TOKENS = {"bert": 10_000 * 128 * 1.1, "t5": 10_000 * 568 * 1.1}
 CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
 
 
@@ -185,15 +183,12 @@ class BPETokenizer:
         words = collections.Counter()
         for counted in samples:
             words.update(counted)
+        if not words:
+            return None
         # Words seen once tell the merges little and are most of the memory.
-        frequent = {word: count for word, count in sorted(words.items()) if count > 1} or dict(
-            sorted(words.items())
-        )
-        return (
-            cls(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased)
-            if words
-            else None
-        )
+        words = dict(sorted(words.items()))
+        frequent = {word: count for word, count in words.items() if count > 1} or words
+        return cls(train_bpe(frequent, vocabulary_size - len(SPECIAL_TOKENS)), uncased)
 
     def encode(self, text):
         return self.encoding.encode_ordinary(normalise(text, self.uncased))
@@ -406,12 +401,12 @@ def docstrings(path):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield ast.get_docstring(node)
-        elif isinstance(node, ast.Call) and getattr(
-            node.func, "id", getattr(node.func, "attr", "")
-        ) in ("add_docstr", "add_newdoc"):
-            for constant in ast.walk(node):
-                if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
-                    yield constant.value
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if called in ("add_docstr", "add_newdoc"):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                        yield inner.value
 
 
 def pydocs_of(path):
@@ -420,33 +415,26 @@ def pydocs_of(path):
 
 def write_pydocs(folder):
     """Writes pydocs.jsonl, the documentation strings without duplicates; the same for the same
-    versions."""
+    versions. Returns its path."""
     roots = [Path(sysconfig.get_path("stdlib"))]
     roots += [Path(importlib.util.find_spec(name).origin).parent for name in PYDOCS_PACKAGES]
-    paths = []
-    for root in roots:
-        inside = sorted(path for path in root.rglob("*.py"))
-        paths += [
-            path
-            for path in inside
-            if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts)
-        ]
+    others = {"site-packages", "dist-packages"}  # what lies within the standard library's folder
+    files = [
+        path
+        for root in roots
+        for path in sorted(root.rglob("*.py"))
+        if not others & set(path.relative_to(root).parts)
+    ]
     seen = set()
-    path = folder / "pydocs.jsonl"
-    with workers() as pool, open(path, "w", encoding="utf-8") as file:
-        for texts in tqdm(
-            pool.imap(pydocs_of, paths, chunksize=32),
-            "extracting",
-            len(paths),
-            unit=" files",
-            disable=None,
-        ):
+    with workers() as pool, open(folder / "pydocs.jsonl", "w", encoding="utf-8") as written:
+        found = pool.map(pydocs_of, files, chunksize=32)
+        for texts in tqdm(found, "extracting", len(files), unit=" files", disable=None):
             for text in texts:
-                key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+                key = document_hash(text)
                 if key not in seen:
                     seen.add(key)
-                    file.write(json.dumps({"text": text}) + "\n")
-    return [path]
+                    written.write(json.dumps({"text": text}) + "\n")
+    return Path(written.name)
 
 
 def check_gzip(path):
@@ -454,6 +442,30 @@ def check_gzip(path):
     with gzip.open(path) as file:
         while file.read(1 << 22):
             pass
+
+
+def fetch_rest(url, part):
+    """Fetches what `part` does not have yet of a file. Returns the length of the whole, 0 where the
+    server does not say it."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left beyond what we have
+            return have
+        raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
+    with response:
+        if response.status != 206:
+            have = 0  # the server sends the file from its start
+        length = response.headers["Content-Length"]
+        total = have + int(length) if length else 0
+        progress = dict(total=total or None, initial=have, unit="B", unit_scale=True, disable=None)
+        with open(part, "ab" if have else "wb") as file, tqdm(desc=part.stem, **progress) as bar:
+            while piece := response.read(1 << 20):
+                file.write(piece)
+                bar.update(len(piece))
+    return total
 
 
 def download(url, path, check=check_gzip):
@@ -464,42 +476,14 @@ def download(url, path, check=check_gzip):
     """
     if path.exists():
         return
-    part, problems = path.with_name(path.name + ".part"), []
+    part, problem, damaged = path.with_name(path.name + ".part"), "incomplete", 0
     for attempt in range(5):
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                if response.status != 206:
-                    have = 0  # the server sends the file from its start
-                length = response.headers["Content-Length"]
-                # 0: the server does not say; the check decides.
-                total = have + int(length) if length else 0
-                with (
-                    open(part, "ab" if have else "wb") as file,
-                    tqdm(
-                        desc=path.name,
-                        total=total or None,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        disable=None,
-                    ) as bar,
-                ):
-                    while piece := response.read(1 << 20):
-                        file.write(piece)
-                        bar.update(len(piece))
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left beyond what we have: check it below
-                total = have
-            else:
-                raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
+            total = fetch_rest(url, part)
         except (OSError, http.client.HTTPException) as error:
-            if attempt == 4:
-                raise UserError(
-                    f"{url}: {error}; run the same command again to go on from {part}"
-                ) from None
-            time.sleep(2**attempt)
+            problem = f"{error}"
+            if attempt < 4:
+                time.sleep(2**attempt)
             continue
         if part.stat().st_size < total:
             continue  # the connection broke without an error
@@ -507,30 +491,71 @@ def download(url, path, check=check_gzip):
             check(part)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             part.unlink()  # spliced or damaged: from the start again, once
-            problems.append(f"damaged ({error})")
-            if len(problems) == 2:
+            problem, damaged = f"damaged ({error})", damaged + 1
+            if damaged == 2:
                 break
             continue
         part.rename(path)
         return
-    raise UserError(
-        f"{url}: {problems[-1] if problems else 'incomplete'} after {attempt + 1} tries; run the "
-        "same command again"
-    )
+    tries = f"after {attempt + 1} tries"
+    raise UserError(f"{url}: {problem} {tries}; run the same command again to go on")
+
+
+# -- All cores -------------------------------------------------------------------------------------
+
+
+def cores():
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def start_worker():
+    """Leaves Ctrl-C to the main process, and ends when that one is killed (or an orphan would wait
+    for work, and hold the corpus's lock, for ever)."""
+
+    def end_with_main():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_main, daemon=True).start()
+
+
+@contextlib.contextmanager
+def workers():
+    """A pool with a process for every core."""
+    pool = concurrent.futures.ProcessPoolExecutor(cores(), initializer=start_worker)
+    try:
+        yield pool
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, as the system does when memory is short; free some "
+            "memory and run the same command again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_parallel(pool, function, blocks, *arguments):
+    """`function(block, ...)` for every block, in order, with few blocks in memory."""
+    pending = collections.deque()
+    for block in blocks:
+        pending.append(pool.submit(function, block, *arguments))
+        if len(pending) > 2 * cores():
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 # -- Encoding --------------------------------------------------------------------------------------
 
 
 def document_hash(text):
-    """A number in [0, 1) that depends on the text alone: it decides sample and validation
-    membership."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big"
-        )
-        / 2**64
-    )
+    """A number in [0, 1) that depends on the text alone: it decides what is in the tokenizer's
+    sample and what is validation."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def take_sample(block, share, kind, uncased):
@@ -539,40 +564,23 @@ def take_sample(block, share, kind, uncased):
 
 
 def encode_block(block, folder, validation_share):
-    """(training tokens, validation tokens, documents of each) of a block; empty documents are left
-    out."""
+    """The tokens of a block's documents as (training, validation) arrays, and how many documents
+    are in each; a document without a token is left out."""
     tokenizer = tokenizer_of_worker(folder)
     tokens, count = ([], []), [0, 0]
     for text in documents(block):
         encoded = tokenizer.encode(text)
         if encoded:
-            # 1 - hash: in a large corpus the validation documents are not in the tokenizer's
-            # sample.
+            # 1 - hash, so that a large corpus validates on what its tokenizer has not seen.
             part = int(1 - document_hash(text) <= validation_share)
             tokens[part].extend(encoded)
             tokens[part].append(tokenizer.separator)
             count[part] += 1
-    return np.array(tokens[0], np.uint16), np.array(tokens[1], np.uint16), count
-
-
-def workers():
-    """A process for every core. Ctrl-C is the main process's alone to answer."""
-    return multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-
-
-def in_parallel(pool, function, blocks, *arguments):
-    """`function(block, ...)` for every block, in order, on all cores, with few blocks in memory."""
-    pending = collections.deque()
-    for block in blocks:
-        pending.append(pool.apply_async(function, (block, *arguments)))
-        if len(pending) > 2 * pool._processes:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+    return [np.array(part, np.uint16) for part in tokens], count
 
 
 def estimated_bytes(path):
-    """Bytes of text in the file; of a packed one, estimated from its first megabytes."""
+    """Bytes of text in the file; of a packed one, estimated from its first megabyte."""
     size = os.path.getsize(path)
     if not str(path).endswith(".gz"):
         return size
@@ -584,57 +592,63 @@ def estimated_bytes(path):
         raise UserError(f"{path}: not gzip data ({error})") from None
 
 
+def train_tokenizer(pool, files, kind, vocabulary_size, uncased):
+    """A tokenizer of this kind, trained on a sample of the documents in `files`."""
+    sampled = files[:: max(1, len(files) // SAMPLE_FILES)]
+    share = min(1.0, kind.sample_bytes / max(1, sum(map(estimated_bytes, sampled))))
+    blocks = (block for path in sampled for block in file_blocks(path))
+    samples = in_parallel(pool, take_sample, blocks, share, kind, uncased)
+    samples = tqdm(samples, "sampling", unit=" blocks", disable=None)
+    tokenizer = kind.train(samples, vocabulary_size, uncased)
+    if tokenizer is None:
+        raise UserError(f"{', '.join(map(str, files[:3]))}: no text in there")
+    return tokenizer
+
+
+def encode_files(pool, files, folder, model):
+    """Writes train.bin and val.bin, with the tokenizer that is in `folder`; returns what meta.json
+    says of each."""
+    total_tokens = max(1, sum(map(estimated_bytes, files)) / 4.5)  # about, of English
+    validation_share = min(VALIDATION_SHARE, VALIDATION_TOKENS[model] / total_tokens)
+    blocks = (block for path in files for block in file_blocks(path))
+    parts = {name: {"documents": 0, "tokens": 0} for name in ("train", "val")}
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in parts]
+        bar = stack.enter_context(
+            tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None)
+        )
+        for encoded, count in in_parallel(pool, encode_block, blocks, folder, validation_share):
+            for index, part in enumerate(parts.values()):
+                opened[index].write(encoded[index].tobytes())
+                part["tokens"] += len(encoded[index])
+                part["documents"] += count[index]
+                bar.update(len(encoded[index]))
+    for name, part in parts.items():
+        part["checksums"] = block_checksums(folder / f"{name}.bin")
+    return parts
+
+
 def block_checksums(path):
     with open(path, "rb") as file:
         return [zlib.crc32(block) for block in iter(lambda: file.read(CHECKSUM_BYTES), b"")]
 
 
 def meta_checksum(meta):
-    """The checksum of meta.json's own contents: it notices an edit."""
-    content = {key: value for key, value in meta.items() if key != "checksum"}
+    """The checksum of a corpus: of what meta.json says, which has the checksums of the other files,
+    but not of where its text came from."""
+    content = {key: value for key, value in meta.items() if key not in ("checksum", "source")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=None):
-    """Trains the tokenizer on a sample of `files`, if none is given, encodes them all into
-    `folder`, writes meta.json."""
+    """Trains the tokenizer, if none is given, encodes `files` into `folder`, writes meta.json."""
     started = time.perf_counter()
-    total_bytes = sum(map(estimated_bytes, files))
-    kind = TOKENIZERS[model]
     with workers() as pool:
         if tokenizer is None:
-            sampled = files[:: max(1, len(files) // SAMPLE_FILES)]
-            share = min(1.0, kind.sample_bytes / max(1, sum(map(estimated_bytes, sampled))))
-            blocks = (block for path in sampled for block in file_blocks(path))
-            samples = tqdm(
-                in_parallel(pool, take_sample, blocks, share, kind, uncased),
-                "sampling",
-                unit=" blocks",
-                disable=None,
-            )
-            tokenizer = kind.train(samples, vocabulary_size, uncased)
-            if tokenizer is None:
-                raise UserError(f"{source['files']}: no text in it")
+            tokenizer = train_tokenizer(pool, files, TOKENIZERS[model], vocabulary_size, uncased)
         tokenizer.save(folder)
         trained = time.perf_counter()
-        validation_share = min(
-            VALIDATION_SHARE, VALIDATION_TOKENS[model] / max(1, total_bytes / 4.5)
-        )
-        count, tokens = [0, 0], [0, 0]
-        blocks = (block for path in files for block in file_blocks(path))
-        with (
-            open(folder / "train.bin", "wb") as train,
-            open(folder / "val.bin", "wb") as validation,
-        ):
-            with tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar:
-                for *encoded, documents_here in in_parallel(
-                    pool, encode_block, blocks, folder, validation_share
-                ):
-                    for part, file in enumerate((train, validation)):
-                        file.write(encoded[part].tobytes())
-                        tokens[part] += len(encoded[part])
-                        count[part] += documents_here[part]
-                    bar.update(len(encoded[0]) + len(encoded[1]))
+        parts = encode_files(pool, files, folder, model)
     meta = {
         "model": model,
         "vocabulary_size": vocabulary_size,
@@ -642,32 +656,44 @@ def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=Non
         "first_sentinel": getattr(tokenizer, "first_sentinel", None),
         "uncased": uncased,
         "source": source,
-        "train": {
-            "documents": count[0],
-            "tokens": tokens[0],
-            "checksums": block_checksums(folder / "train.bin"),
-        },
-        "val": {
-            "documents": count[1],
-            "tokens": tokens[1],
-            "checksums": block_checksums(folder / "val.bin"),
-        },
-        "tokenizer": kind.file_name,
-        "tokenizer_checksum": zlib.crc32((folder / kind.file_name).read_bytes()),
+        **parts,
+        "tokenizer": tokenizer.file_name,
+        "tokenizer_checksum": zlib.crc32((folder / tokenizer.file_name).read_bytes()),
     }
-    meta["checksum"] = meta_checksum(meta)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    encoding_seconds = time.perf_counter() - trained
+    write_json(folder / "meta.json", meta | {"checksum": meta_checksum(meta)})
+    train, validation, seconds = parts["train"], parts["val"], time.perf_counter() - trained
     print(
-        f"{tokens[0]:,} training and {tokens[1]:,} validation tokens in {count[0]:,} and "
-        f"{count[1]:,} documents; "
-        f"tokenizer {trained - started:.0f} s, encoding {encoding_seconds:.0f} s "
-        f"({sum(tokens) / encoding_seconds:,.0f} tokens/s)"
+        f"{train['tokens']:,} training and {validation['tokens']:,} validation tokens in "
+        f"{train['documents']:,} and {validation['documents']:,} documents; tokenizer "
+        f"{trained - started:.0f} s, encoding {seconds:.0f} s "
+        f"({(train['tokens'] + validation['tokens']) / seconds:,.0f} tokens/s)"
     )
+
+
+# -- The command -----------------------------------------------------------------------------------
 
 
 def corpus_folder(name, model, vocabulary_size):
     return ROOT / "data" / name / f"{model}-{vocabulary_size}"
+
+
+def find_text(name, files, shards, base_url, folder):
+    """The files of a source, and what meta.json says of it. pydocs is written into `folder`, C4 is
+    downloaded beside it."""
+    if files:
+        return local_files(str(files)), {"files": str(files)}
+    if name == "pydocs":
+        return [write_pydocs(folder)], {"files": name, "versions": pydocs_versions()}
+    if name == "c4":
+        downloads = folder.parent / "downloads"
+        downloads.mkdir(exist_ok=True)
+        names = [f"c4-train.{index:05d}-of-{C4_SHARDS:05d}.json.gz" for index in range(shards)]
+        for file in names:
+            download(f"{base_url}/{file}", downloads / file)
+        return [downloads / file for file in names], {"files": base_url, "shards": shards}
+    raise UserError(
+        f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH"
+    )
 
 
 def prepare(
@@ -684,113 +710,65 @@ def prepare(
     """Prepares corpus `name` for a model; see the module's docstring. Returns its folder."""
     if uncased and model == "t5":
         raise UserError("--uncased: T5's text stays as it is (the study); leave the flag out")
-    uncased = model == "bert" if uncased is None else uncased
     if tokenizer is not None:
-        if model != "t5":
-            raise UserError(
-                f"--tokenizer={tokenizer}: a SentencePiece model, which is T5's: --model=t5"
-            )
-        try:
-            tokenizer = SentencePieceTokenizer.load(tokenizer)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--tokenizer={tokenizer}: not a SentencePiece model for T5 ({error})"
-            ) from None
-        if vocabulary_size not in (None, tokenizer.size):
-            raise UserError(
-                f"--vocabulary={vocabulary_size}: that tokenizer has {tokenizer.size}; leave the "
-                "flag out"
-            )
+        tokenizer = given_tokenizer(tokenizer, model, vocabulary_size)
         vocabulary_size = tokenizer.size
-    vocabulary_size = TINY_VOCABULARY[model] if vocabulary_size is None else vocabulary_size
+    vocabulary_size = vocabulary_size or TINY_VOCABULARY[model]
     least = len(SPECIAL_TOKENS) + 256 if model == "bert" else 256
     if not least <= vocabulary_size <= 65536 or (model == "t5" and vocabulary_size % 128):
+        multiple = ", a multiple of 128" * (model == "t5")
         raise UserError(
-            f"--vocabulary={vocabulary_size}: expected {least} to 65536 (16 bits)"
-            + (", a multiple of 128" if model == "t5" else "")
+            f"--vocabulary={vocabulary_size}: expected {least} to 65536 (16 bits){multiple}"
         )
     folder = Path(folder) if folder else corpus_folder(name, model, vocabulary_size)
-    if files:
-        source = {"files": str(files)}
-        found = local_files(str(files))
-    elif name == "pydocs":
-        source = {"files": "pydocs", "versions": pydocs_versions()}
-        found = None  # written below
-    elif name == "c4":
-        if not 1 <= shards <= C4_SHARDS:
-            raise UserError(f"--shards={shards}: C4 has shards 1 to {C4_SHARDS}")
-        downloads = folder.parent / "downloads"
-        names = [f"c4-train.{index:05d}-of-{C4_SHARDS:05d}.json.gz" for index in range(shards)]
-        with locked(downloads, wait=True):
-            for file in names:
-                download(f"{base_url}/{file}", downloads / file)
-        source = {"files": base_url, "shards": shards}
-        found = [downloads / file for file in names]
-    else:
-        raise UserError(
-            f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH"
-        )
-    # All is written beside the folder, which it then replaces: a failure leaves what was there.
-    # Two first runs may prepare the same corpus at once, so each has a folder of its own.
-    work, old = (
-        folder.with_name(f"{folder.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old")
-    )
-    new_parent = not folder.parent.exists()
-    for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a killed process
-        if left == work or left.stat().st_mtime < time.time() - 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        encode(
-            found or write_pydocs(work), work, model, vocabulary_size, uncased, source, tokenizer
-        )
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        work.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(work, ignore_errors=True)
-        if new_parent and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+    uncased = model == "bert" if uncased is None else uncased
+    with locked(folder.parent, wait=True), folder_written_whole(folder) as work:
+        paths, source = find_text(name, files, shards, base_url, work)
+        encode(paths, work, model, vocabulary_size, uncased, source, tokenizer)
     print(f"prepared {folder}")
     return folder
+
+
+def given_tokenizer(path, model, vocabulary_size):
+    """The SentencePiece model in a file, as T5's tokenizer."""
+    if model != "t5":
+        raise UserError(f"--tokenizer={path}: a SentencePiece model, which is T5's: --model=t5")
+    try:
+        tokenizer = SentencePieceTokenizer.load(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        message = f"--tokenizer={path}: not a SentencePiece model for T5 ({error})"
+        raise UserError(message) from None
+    if vocabulary_size not in (None, tokenizer.size):
+        raise UserError(
+            f"--vocabulary={vocabulary_size}: that tokenizer has {tokenizer.size}; leave it out"
+        )
+    return tokenizer
+
+
+FLAGS = {
+    "files": Option(None, "your own text: a file, a folder or a quoted glob", kind=str),
+    "model": Option("bert", "which model's tokens", choices=tuple(TOKENIZERS)),
+    "vocabulary": Option(
+        None,
+        "tokens (tiny models: bert 2048, t5 8192; small: 8192; base: bert 32768, t5 32128)",
+        kind=int,
+        minimum=1,
+    ),
+    "uncased": Option(None, "lower-case and strip accents (bert: true)", kind=bool),
+    "tokenizer": Option(None, "t5: a SentencePiece model, as its spiece.model", kind=str),
+    "shards": Option(1, f"c4: how many of its {C4_SHARDS} shards", minimum=1, maximum=C4_SHARDS),
+    "base_url": Option(C4_URL, "c4: where the shards are"),
+}
 
 
 @exits_on_user_error
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("name", help="pydocs, c4, or a name for your own files")
-    parser.add_argument("--files", help="your own text: a file, a folder or a quoted glob")
-    parser.add_argument(
-        "--model", choices=list(TOKENIZERS), default="bert", help="which model's tokens (bert)"
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=int,
-        help="tokens (tiny models: bert 2048, t5 8192; small: 8192; base: bert 32768, t5 32128)",
-    )
-    parser.add_argument("--uncased", type=boolean, help="lower-case and strip accents (bert: true)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="t5: a SentencePiece model, as T5's spiece.model, instead of training one",
-    )
-    parser.add_argument("--shards", type=int, default=1, help="c4: how many of its 1024 shards (1)")
-    parser.add_argument("--base_url", default=C4_URL, help="c4: where the shards are")
-    options = parser.parse_args(arguments)
-    prepare(
-        options.name,
-        options.files,
-        options.vocabulary,
-        options.uncased,
-        options.shards,
-        options.base_url,
-        model=options.model,
-        tokenizer=options.tokenizer,
-    )
+    for name, option in FLAGS.items():
+        parser.add(name, option)
+    options = vars(parser.parse_args(arguments))
+    prepare(vocabulary_size=options.pop("vocabulary"), **options)
 
 
 if __name__ == "__main__":
