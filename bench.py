@@ -1,4 +1,4 @@
-"""Speed, measured side by side on this machine. Nothing here is a test.
+"""Speed, measured side by side on this machine, and runs killed at random. Nothing here is a test.
 
     python bench.py speed     a training step next to transformers', as share of the matmul peak
     python bench.py generate  T5's greedy generation with its cache and without
@@ -7,6 +7,7 @@
     python bench.py step      every optimizer's step at tiny and small, as a share of an update
     python bench.py costs     an update of every method next to the baseline's and theory, memory
     python bench.py load      updates that a budget buys with one thread, two, and on a busy machine
+    python bench.py kills     every method, killed at random moments and resumed: the same bits?
 
 What is compared is interleaved in one run, because a shared machine's speed changes from minute to
 minute; every time is the median over the repeats (`load` prints every repeat).
@@ -15,10 +16,8 @@ minute; every time is the median over the repeats (`load` prints every repeat).
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
-import json
-import math
+import random
 import statistics
 import subprocess
 import sys
@@ -32,19 +31,22 @@ import rst  # sets GOMP_SPINCOUNT, so it must precede torch
 # isort: split
 
 import torch
+import torch.nn.functional as F
 
 import methods
 import model as models
+import runs
 import train
 from data.corpus import OBJECTIVES
 from data.prepare import SENTINELS
 from errors import UserError, exits_on_user_error
-from flags import Parser
+from flags import Option, Parser
 from methods.baseline import Method
 from methods.sophia import ROWS_SHARE
 from optimizers import hidden_matrices
 
-ROOT = Path(__file__).resolve().parent
+# For an objective that is asked for its shapes, or corrupts random tokens.
+NO_META = {"vocabulary_size": 0, "first_sentinel": 0, "separator": 0}
 
 
 def timed(function):
@@ -55,34 +57,34 @@ def timed(function):
 
 def interleaved(functions, repeats, warm_up=2):
     """Median seconds of each function, run in turns."""
-    times = [[timed(function) for function in functions] for _ in range(warm_up + repeats)][
-        warm_up:
-    ]
-    return [statistics.median(column) for column in zip(*times)]
+    times = [[timed(function) for function in functions] for _ in range(warm_up + repeats)]
+    return [statistics.median(column) for column in zip(*times[warm_up:])]
 
 
-def matmul_peak():
-    """A function that multiplies two 2048 x 2048 fp32 matrices, and its floating-point
-    operations."""
-    a, b = torch.randn(2, 2048, 2048)
-    return lambda: a @ b, 2 * 2048**3
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_header(*cells):
+    print_row(*cells)
+    print(f"|{'---|' * len(cells)}")
+
+
+def cpu_config(model, size, **flags):
+    return train.resolve({"model": model, "size": size, "device": "cpu", **flags})
 
 
 def random_batch(config, rows):
     """A batch of random tokens with the shapes that `config` trains on."""
-    ids = {
-        "vocabulary_size": config.vocabulary,
-        "first_sentinel": config.vocabulary - 1,
-        "separator": 1,
-    }
-    objective = OBJECTIVES[config.model](config.row_length, ids)
-    tokens = torch.randint(
-        5,
-        config.vocabulary - SENTINELS,
-        (rows, objective.raw_length),
-        generator=torch.Generator().manual_seed(0),
-    )
+    meta = NO_META | {"vocabulary_size": config.vocabulary, "separator": 1}
+    meta["first_sentinel"] = config.vocabulary - 1
+    objective = OBJECTIVES[config.model](config.row_length, meta)
+    shape, generator = (rows, objective.raw_length), torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, config.vocabulary - SENTINELS, shape, generator=generator)
     return objective(tokens, torch.arange(rows), key=0)
+
+
+# -- A training step -------------------------------------------------------------------------------
 
 
 def training_step(model, loss, optimizer, clip):
@@ -110,162 +112,150 @@ def our_step(config, batch):
 def transformers_step(config, batch):
     """The same of transformers' model of this depth and width, with fused AdamW."""
     try:
-        from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+        import transformers
     except ImportError:
         raise UserError(
             "bench.py speed compares with transformers: pip install -r requirements-dev.txt"
         ) from None
-    shape, (rows, predicted), row_length = (
-        models.SIZES[config.model][config.size],
-        batch["labels"].shape,
-        batch["tokens"].shape[1],
+    model, loss, flops_per_row = (
+        transformers_bert(transformers, config, batch)
+        if config.model == "bert"
+        else transformers_t5(transformers, config, batch)
     )
-    width, depth = shape["d_model"], shape["n_layers"]
-    if config.model == "bert":  # its head on the predicted positions only
-        model = BertForMaskedLM(
-            BertConfig(
-                vocab_size=config.vocabulary,
-                hidden_size=width,
-                num_hidden_layers=depth,
-                num_attention_heads=shape["n_heads"],
-                intermediate_size=4 * width,
-                max_position_embeddings=row_length,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                attn_implementation="sdpa",
-            )
-        )
-        layer_flops = 6 * 12 * width**2 * row_length + 3 * 4 * row_length**2 * width
-        flops = rows * (
-            depth * layer_flops + 6 * predicted * (width**2 + config.vocabulary * width)
-        )
-
-        def loss():
-            h = model.bert(input_ids=batch["tokens"]).last_hidden_state
-            h = h.gather(1, batch["positions"][:, :, None].expand(-1, -1, width))
-            return torch.nn.functional.cross_entropy(
-                model.cls(h).flatten(0, 1), batch["labels"].flatten()
-            )
-
-    else:
-        model = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=config.vocabulary,
-                d_model=width,
-                d_kv=models.T5Config.d_head,
-                d_ff=shape["d_ff"],
-                num_layers=depth,
-                num_heads=shape["n_heads"],
-                dropout_rate=0.0,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-                decoder_start_token_id=0,
-                use_cache=False,
-                attn_implementation="sdpa",
-            )
-        )
-        flops = rows * models.build("t5", config.size, config.vocabulary).training_flops_per_row(
-            row_length, predicted
-        )
-
-        def loss():
-            return model(input_ids=batch["tokens"], labels=batch["labels"]).loss
-
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return training_step(model, loss, optimizer, config.clip), flops
+    step = training_step(model, loss, optimizer, config.clip)
+    return step, len(batch["tokens"]) * flops_per_row
+
+
+def transformers_bert(transformers, config, batch):
+    """(model, its loss, floating-point operations a row), the head on the predicted positions."""
+    shape = models.SIZES["bert"][config.size]
+    width, depth = shape["d_model"], shape["n_layers"]
+    row_length, predicted = batch["tokens"].shape[1], batch["labels"].shape[1]
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=config.vocabulary,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=shape["n_heads"],
+            intermediate_size=4 * width,
+            max_position_embeddings=row_length,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation="sdpa",
+        )
+    )
+
+    def loss():
+        h = model.bert(input_ids=batch["tokens"]).last_hidden_state
+        h = h.gather(1, batch["positions"][:, :, None].expand(-1, -1, width))
+        return F.cross_entropy(model.cls(h).flatten(0, 1), batch["labels"].flatten())
+
+    layer = 6 * 12 * width**2 * row_length + 3 * 4 * row_length**2 * width
+    return model, loss, depth * layer + 6 * predicted * (width**2 + config.vocabulary * width)
+
+
+def transformers_t5(transformers, config, batch):
+    """The same of T5, whose layers have our shapes."""
+    shape = models.SIZES["t5"][config.size]
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=config.vocabulary,
+            d_model=shape["d_model"],
+            d_kv=models.T5Config.d_head,
+            d_ff=shape["d_ff"],
+            num_layers=shape["n_layers"],
+            num_heads=shape["n_heads"],
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+
+    def loss():
+        return model(input_ids=batch["tokens"], labels=batch["labels"]).loss
+
+    ours = models.build("t5", config.size, config.vocabulary)
+    lengths = batch["tokens"].shape[1], batch["labels"].shape[1]
+    return model, loss, ours.training_flops_per_row(*lengths)
 
 
 def speed(repeats):
     print(f"training step, fp32, {torch.get_num_threads()} threads, {repeats} interleaved repeats")
-    print(
-        "| model | size | micro-batch | code | seconds | share of matmul peak "
-        "|\n|---|---|---|---|---|---|"
-    )
-    for model, size, rows in (
-        ("bert", "tiny", 32),
-        ("bert", "base", 8),
-        ("t5", "tiny", 16),
-        ("t5", "base", 2),
-    ):
-        config = train.resolve({"model": model, "size": size, "device": "cpu", "batch": rows})
+    print_header("model", "size", "micro-batch", "code", "seconds", "share of matmul peak")
+    a, b = torch.randn(2, 2048, 2048)
+    cases = ("bert", "tiny", 32), ("bert", "base", 8), ("t5", "tiny", 16), ("t5", "base", 2)
+    for model, size, rows in cases:
+        config = cpu_config(model, size, batch=rows)
         batch = random_batch(config, rows)
-        (peak, peak_flops), (ours, our_flops), (theirs, their_flops) = (
-            matmul_peak(),
-            our_step(config, batch),
-            transformers_step(config, batch),
-        )
-        peak_seconds, our_seconds, their_seconds = interleaved([peak, ours, theirs], repeats)
-        peak_rate = peak_flops / peak_seconds
-        for name, seconds, flops in (
-            ("ours", our_seconds, our_flops),
-            ("transformers", their_seconds, their_flops),
-        ):
-            share = f"{flops / seconds / peak_rate:.1%} of {peak_rate / 1e9:.0f} GFLOP/s"
-            print(f"| {model} | {size} | {rows} | {name} | {seconds:.3f} | {share} |", flush=True)
-        del ours, theirs
-        gc.collect()
+        steps = {"ours": our_step(config, batch), "transformers": transformers_step(config, batch)}
+        functions = [lambda: a @ b, *(step for step, _ in steps.values())]
+        peak_seconds, *seconds = interleaved(functions, repeats)
+        peak = 2 * 2048**3 / peak_seconds
+        for (name, (_, flops)), taken in zip(steps.items(), seconds):
+            share = f"{flops / taken / peak:.1%} of {peak / 1e9:.0f} GFLOP/s"
+            print_row(model, size, rows, name, f"{taken:.3f}", share)
 
 
 def generation(repeats, tokens=64, rows=16):
     """Greedy generation of T5-tiny with the cache and without; it never ends early here."""
-    config = train.resolve({"model": "t5", "size": "tiny", "device": "cpu"})
+    config = cpu_config("t5", "tiny")
     model, batch = models.build("t5", "tiny", config.vocabulary).eval(), random_batch(config, rows)
-    cached, uncached = interleaved(
-        [lambda on=on: model.generate(batch, tokens, end=-1, use_cache=on) for on in (True, False)],
-        repeats,
-        warm_up=1,
-    )
+    generate = functools.partial(model.generate, batch, tokens, end=-1)
+    ways = [functools.partial(generate, use_cache=on) for on in (True, False)]
+    cached, uncached = interleaved(ways, repeats, warm_up=1)
     print(
         f"{tokens} tokens for {rows} rows: {cached:.2f} s with the cache, {uncached:.2f} s "
         f"without, {uncached / cached:.1f} times as long"
     )
 
 
+def forward_and_backward(model, batch, layers=None):
+    def step():
+        model.loss(batch, layers=layers).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
 def input_pipeline(repeats):
-    config = train.resolve({"size": "tiny", "device": "cpu", "batch": 32})
+    config = cpu_config("bert", "tiny", batch=32)
     corpus = train.open_corpus(config)
     model = models.build("bert", "tiny", config.vocabulary)
 
     def make():
         return corpus.batch(corpus.draw(32))
 
-    def step():
-        model.loss(batch).backward()
-        model.zero_grad(set_to_none=True)
-
-    batch = make()
-    input_seconds, step_seconds = interleaved([make, step], repeats)
+    made, step = interleaved([make, forward_and_backward(model, make())], repeats)
     print(
-        f"input of 32 rows {1000 * input_seconds:.2f} ms, forward and backward at tiny "
-        f"{1000 * step_seconds:.0f} ms: {input_seconds / step_seconds:.2%}"
+        f"input of 32 rows {1000 * made:.2f} ms, forward and backward at tiny {1000 * step:.0f} "
+        f"ms: {made / step:.2%}"
     )
 
 
 def depth(repeats):
-    config = train.resolve({"size": "base", "device": "cpu"})
+    config = cpu_config("bert", "base")
     model, batch = models.build("bert", "base", config.vocabulary), random_batch(config, 8)
-    depths = [4, 8, 12, 16]
-
-    def step_of(layers):
-        def step():
-            model.loss(batch, layers=list(range(layers))).backward()
-            model.zero_grad(set_to_none=True)
-
-        return step
-
-    seconds = interleaved([step_of(layers) for layers in depths], repeats, warm_up=1)
-    print("| active layers | seconds | relative to 16 | release's table |\n|---|---|---|---|")
-    for layers, value in zip(depths, seconds):
-        print(
-            f"| {layers} | {value:.2f} | {value / seconds[-1]:.3f} | "
-            f"{rst.RTX3090_BERT[layers - 1] / rst.RTX3090_BERT[-1]:.3f} |"
-        )
+    depths, recorded = [4, 8, 12, 16], rst.RTX3090_BERT
+    steps = [forward_and_backward(model, batch, list(range(layers))) for layers in depths]
+    seconds = interleaved(steps, repeats, warm_up=1)
+    print_header("active layers", "seconds", "relative to 16", "release's table")
+    for layers, taken in zip(depths, seconds):
+        theirs = recorded[layers - 1] / recorded[-1]
+        print_row(layers, f"{taken:.2f}", f"{taken / seconds[-1]:.3f}", f"{theirs:.3f}")
 
 
-def optimizer_of(name, model, config):
-    """The optimizer that a method makes for a model."""
-    return methods.find(name).start(model, None, None, config, {}).optimizer_in_use
+# -- Optimizers ------------------------------------------------------------------------------------
+
+
+def optimizer_step(method, model, config):
+    """A step of the optimizer that a method makes for a model."""
+    config = dataclasses.replace(config, lr=1e-6)
+    return methods.find(method).start(model, None, None, config, {}).optimizer_in_use.step
 
 
 def optimizer_steps(repeats):
@@ -273,55 +263,40 @@ def optimizer_steps(repeats):
     an update's forward and backward pass of one micro-batch, from which the share of an update
     follows."""
     torch._dynamo.config.recompile_limit = 99  # a run has a handful of graphs; here are many runs'
-    print(
-        "| model, size | parameters | optimizer | ms a step | share of an update | more than fused "
-        "AdamW, share |\n|---|---|---|---|---|---|"
+    print_header(
+        "model, size", "parameters", "optimizer", "ms a step", "share of an update", "over AdamW"
     )
     for name, size in itertools.product(models.SIZES, ("tiny", "small")):
-        config = train.resolve({"model": name, "size": size, "device": "cpu"})
-        model, rows = (
-            models.build(name, size, config.vocabulary),
-            min(config.batch, 4 if size == "small" else 8),
-        )
-        batch = random_batch(config, rows)
-
-        def forward_backward():
-            loss = model.loss(batch)
-            for parameter, gradient in zip(
-                model.parameters(), torch.autograd.grad(loss, list(model.parameters()))
-            ):
-                parameter.grad.copy_(gradient)
-
-        for parameter in model.parameters():
+        config = cpu_config(name, size)
+        model = models.build(name, size, config.vocabulary)
+        rows = min(config.batch, 4 if size == "small" else 8)
+        batch, parameters = random_batch(config, rows), list(model.parameters())
+        for parameter in parameters:
             parameter.grad = torch.randn_like(parameter) * 1e-3
-        steps = {
-            "AdamW, fused": optimizer_of(
-                "baseline", model, dataclasses.replace(config, rms_scaling=False, lr=1e-6)
-            ).step
-        }
+        plain = dataclasses.replace(config, rms_scaling=False)
+        steps = {"AdamW, fused": optimizer_step("baseline", model, plain)}
         for method in ("baseline", "lion", "sophia", "schedule_free", "muon"):
-            recipe = dataclasses.replace(
-                train.resolve({"model": name, "size": size, "device": "cpu", "method": method}),
-                lr=1e-6,
-            )
+            recipe = cpu_config(name, size, method=method)
             label = "AdamWScale" if method == "baseline" else method
-            for compiled in (False, True):
-                if method == "baseline" and not recipe.rms_scaling or method == "muon" and compiled:
-                    continue  # the same as fused AdamW; Muon compiles nothing of its own
-                optimizer = optimizer_of(
-                    method, model, dataclasses.replace(recipe, compile=compiled)
-                )
-                steps[f"{label}{', compiled' if compiled else ''}"] = optimizer.step
+            if label == "AdamWScale" and not recipe.rms_scaling:
+                continue  # BERT's baseline is fused AdamW
+            steps[label] = optimizer_step(method, model, recipe)
+            if method != "muon":  # which compiles nothing of its own
+                compiled = dataclasses.replace(recipe, compile=True)
+                steps[f"{label}, compiled"] = optimizer_step(method, model, compiled)
+
+        def forward_backward(model=model, batch=batch, parameters=parameters):
+            return torch.autograd.grad(model.loss(batch), parameters)
+
         *seconds, update = interleaved([*steps.values(), forward_backward], repeats)
         update *= config.batch / rows
-        count = sum(parameter.numel() for parameter in model.parameters())
-        for label, value in zip(steps, seconds):
-            print(
-                f"| {name}, {size} | {count:,} | {label} | {1000 * value:.1f} | "
-                f"{value / update:.2%} | {(value - seconds[0]) / update:+.2%} |",
-                flush=True,
-            )
+        count = f"{sum(parameter.numel() for parameter in parameters):,}"
+        for label, taken in zip(steps, seconds):
+            shares = f"{taken / update:.2%}", f"{(taken - seconds[0]) / update:+.2%}"
+            print_row(f"{name}, {size}", count, label, f"{1000 * taken:.1f}", *shares)
 
+
+# -- What an update of a method costs --------------------------------------------------------------
 
 # In so few updates: growth at a quarter and a half, and layers dropped at the final rate from the
 # second update on.
@@ -329,202 +304,157 @@ COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1
 
 
 def costs(repeats, chosen=tuple(models.SIZES), updates=12):
-    """Runs of the loop at size small on the documentation strings, each beside a run of the
-    baseline, both with half of the threads: at the same time on the same machine, so that its other
-    work slows both. What a method needs first stays in runs/."""
+    """Runs of the loop at size small on pydocs, each beside a run of the baseline, both with half
+    of the threads: at the same time on the same machine, so that its other work slows both. What a
+    method needs first stays in runs/."""
     threads = torch.get_num_threads()
     half = max(1, threads // 2)
-    for model, batch in (pair for pair in (("bert", 8), ("t5", 2)) if pair[0] in chosen):
-        flags = [
-            f"--model={model}",
-            "--size=small",
-            "--data=pydocs",
-            "--device=cpu",
-            f"--batch={batch}",
-            f"--micro_batch={batch}",
-            f"--threads={half}",
-            "--validations=1",
-            "--validation_rows=10",
-            "--yes",
-        ]
-        configs = {
-            method: train.resolve(
-                train.parse(
-                    [
-                        *flags,
-                        f"--method={method}",
-                        f"--budget_steps={updates}",
-                        *COST_FLAGS.get(method, []),
-                    ]
-                )[0]
-            )
-            for method in ["baseline", *sorted(set(methods.names()) - {"baseline"})]
-        }
-        for method, config in configs.items():
-            for name, prerequisite in methods.find(method).prerequisites(config).items():
-                train.ensure_run(name, prerequisite)
+    for model in chosen:
+        batch = {"bert": 8, "t5": 2}[model]
+        flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", "--yes"]
+        flags += [f"--batch={batch}", f"--micro_batch={batch}", f"--threads={half}"]
+        flags += ["--validations=1", "--validation_rows=10"]
+        configs = {}
+        for method in ["baseline", *sorted(set(methods.names()) - {"baseline"})]:
+            own = [f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])]
+            configs[method] = train.resolve(train.parse([*flags, *own])[0]), [*flags, *own]
+            for name, needed in methods.find(method).prerequisites(configs[method][0]).items():
+                train.ensure_run(name, needed)
         torch.set_num_threads(half)  # as the runs
-        try:
-            constant, per_layer = cost_of_layers(configs["baseline"], batch)
-        finally:
-            torch.set_num_threads(threads)
+        layer_seconds = cost_of_layers(configs["baseline"][0], batch)
+        torch.set_num_threads(threads)
         print(
             f"{model}-small, {batch} rows, {updates} updates, {repeats} times; an update with n "
-            f"layers takes {constant:.3f} + {per_layer:.3f} n s"
+            f"layers takes {layer_seconds[0]:.3f} + {layer_seconds[1]:.3f} n s"
         )
-        print(
-            "| method | an update, relative to the baseline's | theory | gap | peak memory, GB "
-            "|\n|---|---|---|---|---|"
-        )
-        for method, config in configs.items():
-            ratios, memory = [], 0.0
+        print_header("method", "an update, in the baseline's", "theory", "gap", "peak memory, GB")
+        for method, (config, own) in configs.items():
+            ratios, peaks = [], []
             for _ in range(repeats):
-                with tempfile.TemporaryDirectory() as folder:
-                    records, others, peak = run_beside_baseline(method, config, flags, folder)
-                local = [
-                    statistics.mean(line["charged_seconds"] / line["factor"] for line in run)
-                    for run in (records, others)
-                ]
-                ratios.append(local[0] / local[1])
-                memory = max(memory, peak)
-            measured, expected = (
-                statistics.median(ratios),
-                theory(method, config, records, constant, per_layer),
-            )
-            print(
-                f"| {method} | {measured:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) | "
-                f"{expected:.3f} | {measured / expected - 1:+.1%} | {memory:.2f} |",
-                flush=True,
-            )
+                lines, others, peak = run_beside_baseline(own, flags)
+                ratios.append(local_seconds(lines) / local_seconds(others))
+                peaks.append(peak)
+            measured = statistics.median(ratios)
+            expected = theory(method, config, lines, *layer_seconds)
+            spread = f"{measured:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            gap = f"{measured / expected - 1:+.1%}"
+            print_row(method, spread, f"{expected:.3f}", gap, f"{max(peaks):.2f}")
 
 
-def run_beside_baseline(method, config, flags, folder):
-    """(lines of its updates, those of the baseline beside it, its peak memory in GB)."""
-    mine, beside = (
-        [sys.executable, "train.py", *flags, f"--out={folder}/{name}"]
-        for name in ("mine", "beside")
-    )
-    mine += [
-        f"--method={method}",
-        f"--budget_steps={config.budget_steps}",
-        *COST_FLAGS.get(method, []),
-    ]
-    with open(f"{folder}/messages", "w+") as messages:
-        streams = dict(cwd=ROOT, stdout=messages, stderr=messages)
-        other = subprocess.Popen([*beside, "--budget_steps=1000000"], **streams)
+def local_seconds(lines):
+    """The mean seconds that an update took here."""
+    return statistics.mean(line["charged_seconds"] / line["factor"] for line in lines)
+
+
+def run_beside_baseline(own, flags):
+    """(log lines of its updates, those of the baseline beside it, its peak memory in GB)."""
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/messages", "w+") as messages:
+
+        def start(name, flags):
+            command = [sys.executable, "train.py", *flags, f"--out={folder}/{name}"]
+            return subprocess.Popen(command, cwd=runs.ROOT, stdout=messages, stderr=messages)
+
+        other = start("other", [*flags, "--budget_steps=1000000"])
         try:
-            process, peak = subprocess.Popen(mine, **streams), math.nan
+            process, peak = start("own", own), 0.0
             while process.poll() is None:
-                peak = peak_memory(process.pid) or peak
+                peak = max(peak, peak_memory(process.pid))
                 time.sleep(0.05)
-            ended = other.poll()
+            both_ran = process.returncode == 0 and other.poll() is None
         finally:
             other.kill()
             other.wait()
-        if process.returncode != 0 or ended is not None:
-            raise UserError(
-                f"{method} or the baseline beside it failed: "
-                f"{Path(messages.name).read_text()[-500:]}"
-            )
-    logs = []
-    for name in ("mine", "beside"):
-        text = (Path(folder) / name / "log.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
-        logs.append([line for line in lines if "loss" in line])
-    if not logs[1]:
-        raise UserError(
-            f"{method} ended before the baseline beside it made an update: this machine is too "
-            "busy to compare them; try again"
+        if not both_ran:
+            reason = Path(messages.name).read_text()[-500:]
+            raise UserError(f"{own} or the baseline beside it failed: {reason}")
+        log = Path(folder) / "other" / "log.jsonl"
+        with open(log, "rb+") as file:  # the killed run's last line may be cut short
+            file.truncate(file.read().rfind(b"\n") + 1)
+        lines, others = (
+            [line for line in runs.read_log(Path(folder) / name) if "loss" in line]
+            for name in ("own", "other")
         )
-    return *logs, peak
+    if not others:
+        raise UserError(
+            "the baseline made no update beside it: this machine is too busy; try again"
+        )
+    return lines, others, peak
 
 
 def peak_memory(pid):
-    """The most memory that a process has had, in GB; None where the system does not say. (Resource
+    """The most memory that a process has had, in GB; 0 where the system does not say. (Resource
     usage does not do: a process begins with the peak of the one that started it.)"""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 2**20  # of kB
+    return 0.0
 
 
-# For an objective that is asked for its shapes only.
-NO_TOKENS = {
-    "vocabulary_size": 0,
-    "first_sentinel": 0,
-    "separator": 0,
-}
-
-
-def theory(method, config, records, constant, per_layer):
-    """What an update of a method costs, relative to the baseline's, for the updates that these
-    lines of a log are of.
+def theory(method, config, lines, constant, per_layer):
+    """What an update of a method costs, relative to the baseline's, for the updates of these log
+    lines.
 
     A pass without gradients is a third of a training pass. Layers cost what `cost_of_layers`
     measured; other shapes and Muon's products cost as their floating-point operations, those in
     bf16 as much less as this machine multiplies faster in it.
     """
     model, batch = models.build(config.model, config.size, config.vocabulary), config.batch
-    objective = functools.partial(OBJECTIVES[config.model], meta=NO_TOKENS)
+    objective = OBJECTIVES[config.model](config.row_length, NO_META)
+    reports, options = [line.get(method, {}) for line in lines], config.options
 
-    def flops(row_length=config.row_length, mask_share=None, layers=None):
-        rows = objective(row_length)
-        rows = rows.with_mask_share(mask_share, NO_TOKENS) if mask_share else rows
-        return model.training_flops_per_row(
-            getattr(rows, "read_length", row_length), rows.predicted_per_row, layers
-        )
+    def mean(value):
+        return statistics.mean(map(value, reports))
 
-    reports = [line.get(method, {}) for line in records]
-    layers = len(model.layers)
-    if method in ("stacking", "layer_drop"):
-        return statistics.mean(constant + per_layer * report["layers"] for report in reports) / (
-            constant + per_layer * layers
-        )
-    if method == "selective_backprop":
-        return 1 + statistics.mean(report["candidates"] for report in reports) / batch / 3
-    if method == "rho":
-        return 1 + config.options["mega_batch_factor"] / 3
-    if method == "token_rho":
-        return 1 + 1 / 3
-    if method == "sophia":
-        return 1 + ROWS_SHARE[config.model] * (
-            len(records) // config.options["hessian_interval"]
-        ) / len(records)
-    if method == "muon":
+    def flops(rows):
+        width = getattr(rows, "read_length", rows.raw_length)
+        return model.training_flops_per_row(width, rows.predicted_per_row)
+
+    def of_length(report):
+        return flops(OBJECTIVES[config.model](report["row_length"], NO_META))
+
+    def of_mask_share(report):
+        return flops(objective.with_mask_share(report["mask_share"], NO_META))
+
+    def layers_share():
+        all_layers = constant + per_layer * len(model.layers)
+        return mean(lambda report: constant + per_layer * report["layers"]) / all_layers
+
+    def sophia():
+        passes = len(lines) // options["hessian_interval"]
+        return 1 + ROWS_SHARE[config.model] * passes / len(lines)
+
+    def muon():
         sides = [sorted(matrix.shape) for matrix in hidden_matrices(model).values()]
         products = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
-        return 1 + products * product_seconds(torch.bfloat16) / product_seconds(torch.float32) / (
-            batch * flops()
-        )
-    if method == "length_warmup":
-        return (
-            statistics.mean(flops(row_length=report["row_length"]) for report in reports) / flops()
-        )
-    if method == "mask_schedule":
-        return (
-            statistics.mean(flops(mask_share=report["mask_share"]) for report in reports) / flops()
-        )
-    if method == "token_dropping":
-        dropping = sum(
-            line["progress"] < 1 - config.options["full_phase"] for line in records
-        ) / len(records)
-        width = getattr(objective(config.row_length), "read_length", config.row_length)
-        saved = token_dropping_saves(
-            model, config.model, width, round(config.options["keep"] * width)
-        )
-        return 1 - dropping * saved / flops()
-    return 1.0
+        slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        return 1 + products * slower / (batch * flops(objective))
+
+    def token_dropping():
+        width = getattr(objective, "read_length", config.row_length)
+        saved = token_dropping_saves(model, config.model, width, round(options["keep"] * width))
+        dropping = statistics.mean(line["progress"] < 1 - options["full_phase"] for line in lines)
+        return 1 - dropping * saved / flops(objective)
+
+    costs = {
+        "stacking": layers_share,
+        "layer_drop": layers_share,
+        "selective_backprop": lambda: 1 + mean(lambda report: report["candidates"]) / batch / 3,
+        "rho": lambda: 1 + options["mega_batch_factor"] / 3,
+        "token_rho": lambda: 1 + 1 / 3,
+        "sophia": sophia,
+        "muon": muon,
+        "length_warmup": lambda: mean(of_length) / flops(objective),
+        "mask_schedule": lambda: mean(of_mask_share) / flops(objective),
+        "token_dropping": token_dropping,
+    }
+    return costs[method]() if method in costs else 1.0
 
 
 def product_seconds(dtype, size=1024):
     """Seconds of a product of two square matrices."""
     matrix = torch.randn(size, size).to(dtype)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return interleaved([lambda: matrix @ matrix], repeats=10)[0]
 
 
 def token_dropping_saves(model, name, width, kept):
@@ -532,11 +462,11 @@ def token_dropping_saves(model, name, width, kept):
     tokens."""
     c, layers = model.config, len(model.layers)
     if name == "bert":
-        one = [model.training_flops_per_row(length, 0, [0]) for length in (width, kept)]
+        whole, part = (model.training_flops_per_row(length, 0, [0]) for length in (width, kept))
         # Of the layer in which the kept tokens attend to all.
         keys_values = 6 * 2 * c.d_model**2 * (width - kept)
         products = 12 * c.d_model * kept * (width - kept)
-        return (layers // 2) * (one[0] - one[1]) - keys_values - products
+        return (layers // 2) * (whole - part) - keys_values - products
     inner = c.n_heads * c.d_head
     weights = 4 * c.d_model * inner + 3 * c.d_model * c.d_ff
     whole, part = (6 * weights * length + 12 * inner * length**2 for length in (width, kept))
@@ -546,118 +476,147 @@ def token_dropping_saves(model, name, width, kept):
 def cost_of_layers(config, rows, repeats=5):
     """(a, b) of the seconds a + b n that an update with n layers takes, from a quarter of them, and
     all."""
-    model, batch = (
-        models.build(config.model, config.size, config.vocabulary),
-        random_batch(config, rows),
-    )
-    optimizer, layers = Method(model, None, None, config, {}).optimizer(), len(model.layers)
-    few, all_of_them = interleaved(
-        [
-            training_step(
-                model,
-                lambda count=count: model.loss(batch, layers=list(range(count))),
-                optimizer,
-                config.clip,
-            )
-            for count in (layers // 4, layers)
-        ],
-        repeats,
-    )
-    per_layer = (all_of_them - few) / (layers - layers // 4)
-    return few - per_layer * (layers // 4), per_layer
+    model = models.build(config.model, config.size, config.vocabulary)
+    batch, optimizer = random_batch(config, rows), Method(model, None, None, config, {}).optimizer()
+
+    def step(count):
+        loss = functools.partial(model.loss, batch, layers=list(range(count)))
+        return training_step(model, loss, optimizer, config.clip)
+
+    layers, quarter = len(model.layers), len(model.layers) // 4
+    few, all_of_them = interleaved([step(quarter), step(layers)], repeats)
+    per_layer = (all_of_them - few) / (layers - quarter)
+    return few - per_layer * quarter, per_layer
+
+
+# -- Runs on a busy machine, and runs that are killed ----------------------------------------------
 
 
 def load(repeats, chosen=tuple(models.SIZES)):
     """Runs of the tiny models budgeted in the reference's time under four loads, with and without
     re-probing."""
-    print(
-        "| model, updates within its budget | re-probing | 1 thread | 2 threads | beside a busy "
-        "process | beside it in the first half | spread |\n|---|---|---|---|---|---|---|"
-    )
-    budgets = [("bert", "rtx3090", 6e-5), ("t5", "a100", 1e-4)]
-    for (model, reference, budget_hours), reprobe in itertools.product(
-        (budget for budget in budgets if budget[0] in chosen), ("true", "false") * repeats
-    ):
-        updates, walls = [], []
-        for threads, busy in ((1, "never"), (2, "never"), (2, "always"), (2, "first half")):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [
-                    sys.executable,
-                    "train.py",
-                    f"--model={model}",
-                    "--size=tiny",
-                    "--device=cpu",
-                    f"--threads={threads}",
-                    f"--reference={reference}",
-                ]
-                command += [
-                    f"--budget_hours={budget_hours}",
-                    f"--reprobe={reprobe}",
-                    f"--out={folder}/run",
-                    "--validations=1",
-                    "--validation_rows=10",
-                ]
-                beside = (
-                    subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                    if busy != "never"
-                    else None
-                )
-                timer = (
-                    threading.Timer(walls[-1] / 2, beside.kill) if busy == "first half" else None
-                )
-                try:
-                    if timer:
-                        timer.start()
-                    done = subprocess.run(
-                        command,
-                        cwd=ROOT,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,
-                        text=True,
+    print_header(
+        "model, updates within its budget", "re-probing", "1 thread", "2 threads",
+        "beside a busy process", "beside it in the first half", "spread",
+    )  # fmt: skip
+    budgets = {"bert": ("rtx3090", 6e-5), "t5": ("a100", 1e-4)}
+    loads = ((1, "never"), (2, "never"), (2, "always"), (2, "first half"))
+    for model, reprobe in itertools.product(chosen, ("true", "false") * repeats):
+        reference, hours = budgets[model]
+        results, wall = [], 0.0
+        for threads, busy in loads:
+            flags = [f"--model={model}", "--size=tiny", "--device=cpu", f"--threads={threads}"]
+            flags += [f"--reference={reference}", f"--budget_hours={hours}", f"--reprobe={reprobe}"]
+            with beside_a_busy_process(busy, wall / 2):
+                results.append(run_to_its_end([*flags, "--validation_rows=10"]))
+            wall = results[-1]["wall_seconds"]
+        counts = [result["updates"] for result in results]
+        cells = [f"{result['updates']} in {result['wall_seconds']:.0f} s" for result in results]
+        print_row(model, reprobe, *cells, f"{max(counts) / min(counts) - 1:.1%}")
+
+
+@contextlib.contextmanager
+def beside_a_busy_process(busy, seconds):
+    """Another process that computes: "never", "always", or in the "first half"."""
+    if busy == "never":
+        yield
+        return
+    beside = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    timer = threading.Timer(seconds if busy == "first half" else 1e6, beside.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        beside.kill()
+        beside.wait()
+
+
+def run_to_its_end(flags):
+    """The result of a run with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", *flags, "--validations=1", f"--out={folder}/run"]
+        done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+        return runs.read_record(Path(folder) / "run" / "result.json")
+
+
+def kills(repeats, chosen=tuple(models.SIZES), updates=12):
+    """Every method once to its end, and once killed `repeats` times (SIGKILL, at any moment from
+    its start on) and resumed. Prints the losses and weights that differ: there should be none."""
+    flags = [
+        "--size=tiny",
+        "--data=pydocs",
+        "--device=cpu",
+        "--threads=1",
+        f"--budget_steps={updates}",
+    ]
+    flags += ["--batch=16", "--row_length=32", "--validations=2", "--validation_rows=20"]
+    moments, count = random.Random(0), 0
+    for model, method in itertools.product(chosen, methods.names()):
+        with tempfile.TemporaryDirectory() as folder:
+            plain, killed = Path(folder) / "plain", Path(folder) / "killed"
+            command = [sys.executable, "train.py", *flags, f"--model={model}", f"--method={method}"]
+            run = functools.partial(subprocess.Popen, cwd=runs.ROOT, stdout=subprocess.DEVNULL)
+            start = time.perf_counter()
+            if run([*command, f"--out={plain}"]).wait():
+                raise UserError(f"{' '.join(command)} failed")
+            seconds, kills_here = time.perf_counter() - start, 0
+            while runs.status(killed) != "finished":
+                process = run([*command, f"--out={killed}", "--checkpoint_minutes=0.0001"])
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(
+                        moments.uniform(0.3, 1) * seconds if kills_here < repeats else None
                     )
-                finally:
-                    if timer:
-                        timer.cancel()
-                    if beside:
-                        beside.kill()
-                        beside.wait()
-                if done.returncode != 0:
-                    raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
-                result = json.loads((Path(folder) / "run" / "result.json").read_text())
-                updates.append(result["updates"])
-                walls.append(result["wall_seconds"])
-        cells = [f"{count} in {wall:.0f} s" for count, wall in zip(updates, walls)]
-        print(
-            f"| {model} | {'yes' if reprobe == 'true' else 'no'} | {' | '.join(cells)} | "
-            f"{max(updates) / min(updates) - 1:.1%} |",
-            flush=True,
-        )
+                kills_here += process.poll() is None
+                process.kill()
+                if process.wait() > 0:
+                    raise UserError(f"{' '.join(command)} cannot go on after a kill")
+            differing = differences(plain, killed)
+        count += kills_here
+        print(f"{model}, {method}: {kills_here} kills, {differing or 'the same bits'}", flush=True)
+    print(f"{count} kills in all")
+
+
+def differences(one, other):
+    """What of two runs' logs and weights is not the same, as a list of names."""
+    kept = ("update", "loss", "validation_loss")
+    logs, weights = [], []
+    for folder in (one, other):
+        logs.append([[line.get(name) for name in kept] for line in runs.read_log(folder)])
+        weights.append(models.load(folder / "model.pt").state_dict())
+    one, other = weights
+    return ["log"] * (logs[0] != logs[1]) + [
+        name for name in one if not one[name].equal(other[name])
+    ]
+
+
+BENCHES = {  # and how often they are repeated
+    "speed": (speed, 10),
+    "generate": (generation, 3),
+    "input": (input_pipeline, 20),
+    "depth": (depth, 5),
+    "step": (optimizer_steps, 10),
+    "costs": (costs, 1),
+    "load": (load, 1),
+    "kills": (kills, 4),
+}
 
 
 @exits_on_user_error
 def main(arguments=None):
-    benches = {
-        "speed": (speed, 10),
-        "generate": (generation, 3),
-        "input": (input_pipeline, 20),
-        "depth": (depth, 5),
-        "step": (optimizer_steps, 10),
-        "costs": (costs, 1),
-        "load": (load, 1),
-    }
     parser = Parser(description=__doc__)
-    parser.add_argument("bench", choices=list(benches))
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument(
-        "--model", choices=list(models.SIZES), help="of costs and load: only this one"
+    parser.add_argument("bench", choices=list(BENCHES))
+    parser.add("repeats", Option(None, "how often (each has its default)", kind=int, minimum=1))
+    parser.add(
+        "model", Option(None, "of costs, load, kills: only this one", tuple(models.SIZES), kind=str)
     )
     options = parser.parse_args(arguments)
-    if options.repeats is not None and options.repeats < 1:
-        raise UserError(f"--repeats={options.repeats}: expected at least 1")
+    function, repeats = BENCHES[options.bench]
+    if options.model and function not in (costs, load, kills):
+        raise UserError(f"--model={options.model}: only costs, load and kills have it")
     rst.prepare_machine()
-    function, repeats = benches[options.bench]
-    if options.model and options.bench not in ("costs", "load"):
-        raise UserError(f"--model={options.model}: only costs and load have it")
     function(options.repeats or repeats, *([(options.model,)] if options.model else []))
 
 
