@@ -38,6 +38,7 @@ from data.prepare import SPECIAL_TOKENS, SentencePieceTokenizer, load_tokenizer
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
 from parallel import print0
+from transformers_folder import load_transformers
 
 SEEDS = 2**32  # torch and NumPy take no more
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
@@ -200,7 +201,7 @@ def load_run(folder, dropout, untrained, seed):
         model = models.load(folder / "model.pt", "cpu", dropout=dropout)
         tokenizer = load_tokenizer(folder)
     else:
-        model = models.load_transformers(folder, "cpu", dropout=dropout)
+        model = load_transformers(folder, "cpu", dropout=dropout)
         path = folder / "spiece.model"
         try:
             tokenizer = SentencePieceTokenizer.load(path)

@@ -23,10 +23,8 @@ head, V vocabulary.
 
 import contextlib
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -118,34 +116,29 @@ class Attention(nn.Module):
         products and broadcast to (B, H, T, T of the keys)."""
         k, v = self.keys_values(x) if keys_values is None else keys_values
         q, dropout = self.split(self.query(x)), self.dropout if self.training else 0.0
+        attention = F.scaled_dot_product_attention
         if bias is not None and bias.requires_grad and x.device.type == "cpu":
-            y = attention_with_learned_bias(q, k, v, bias, self.scale, dropout)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale
-            )
+            attention = attention_with_learned_bias
+        y = attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
         return self.output(y.transpose(1, 2).flatten(2))
 
 
-def attention_with_learned_bias(q, k, v, bias, scale=None, dropout=0.0):
+def attention_with_learned_bias(q, k, v, attn_mask, dropout_p, scale):
     """scaled_dot_product_attention for a bias with a gradient: there torch has no fused kernel on a
     CPU, and its general path makes more passes over the (B, H, T, T) products than these."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     products = (q if scale == 1.0 else q * scale) @ k.transpose(-2, -1)
-    weights = (products + bias).softmax(dim=-1)
-    return F.dropout(weights, dropout, dropout > 0) @ v
+    weights = (products + attn_mask).softmax(dim=-1)
+    return F.dropout(weights, dropout_p, dropout_p > 0) @ v
 
 
 def padding_bias(mask):
-    """What a mask (B, T) bool adds to the attention products: 0 at tokens and -inf at padding, (B,
-    1, 1, T); None for None."""
-    return (
-        None
-        if mask is None
-        else torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))[
-            :, None, None, :
-        ]
-    )
+    """What a mask (B, T) bool adds to the attention products: 0 at tokens and -inf at padding,
+    (B, 1, 1, T); None for None."""
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+    return bias[:, None, None, :]
 
 
 class GatedFeedForward(nn.Module):
@@ -160,11 +153,11 @@ class GatedFeedForward(nn.Module):
         self.linear = nn.Linear(d_model, d_ff, bias=False)
         self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.output = nn.Linear(d_ff, d_model, bias=False)
-        self.approximate, self.dropout = approximate, dropout
+        self.approximate, self.dropout = approximate, nn.Dropout(dropout)
 
     def forward(self, h):  # (B, T, C) -> (B, T, C)
         h = self.linear(h) * F.gelu(self.gate(h), approximate=self.approximate)
-        return self.output(F.dropout(h, self.dropout, self.training))
+        return self.output(self.dropout(h))
 
 
 class LanguageModel(nn.Module):
@@ -190,11 +183,11 @@ class LanguageModel(nn.Module):
     def loss(self, batch, layers=None, per_example=False):
         """Mean cross-entropy in nats over the predicted tokens, or per row with `per_example`:
         (B,)."""
+        labels = batch["labels"]
         if per_example:
-            return self.token_losses(batch, layers).sum(dim=1) / (batch["labels"] >= 0).sum(dim=1)
-        return F.cross_entropy(
-            self.logits(batch, layers).flatten(0, 1).float(), batch["labels"].flatten()
-        )
+            return self.token_losses(batch, layers).sum(dim=1) / (labels >= 0).sum(dim=1)
+        logits = self.logits(batch, layers).flatten(0, 1).float()
+        return F.cross_entropy(logits, labels.flatten())
 
     def token_losses(self, batch, layers=None):
         """Cross-entropy in nats of each predicted token, 0 where there is none: (B, P)."""
@@ -222,31 +215,26 @@ class BERTLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.d_model, eps=1e-12)
-        self.attention = Attention(
-            config.d_model, config.n_heads, config.d_model // config.n_heads, dropout=config.dropout
-        )
+        d_head = config.d_model // config.n_heads
+        self.attention = Attention(config.d_model, config.n_heads, d_head, dropout=config.dropout)
         self.feed_forward_norm = nn.LayerNorm(config.d_model, eps=1e-12)
         self.feed_forward = GatedFeedForward(config.d_model, config.d_ff, "none")
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h, bias=None, context=None):  # (B, T, C), (B, 1, 1, T) -> (B, T, C)
         """`context` (B, S, C): what h attends to, where that is not h itself."""
-        x = self.attention_norm(h)
-        keys_values = (
-            None if context is None else self.attention.keys_values(self.attention_norm(context))
-        )
-        h = h + F.dropout(self.attention(x, keys_values, bias), self.dropout, self.training)
-        return h + F.dropout(
-            self.feed_forward(self.feed_forward_norm(h)), self.dropout, self.training
-        )
+        x, keys_values = self.attention_norm(h), None
+        if context is not None:
+            keys_values = self.attention.keys_values(self.attention_norm(context))
+        h = h + self.dropout(self.attention(x, keys_values, bias))
+        return h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
 
 
 def sinusoidal_positions(length, width):
     """The fixed sin/cos position table of "Attention is all you need" (section 3.5): (length,
     width)."""
-    angle = torch.arange(length)[:, None] * torch.exp(
-        torch.arange(0, width, 2) * (-math.log(10000.0) / width)
-    )
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angle = torch.arange(length)[:, None] * frequencies
     return torch.stack([angle.sin(), angle.cos()], dim=-1).view(length, width)
 
 
@@ -255,25 +243,21 @@ class BERT(LanguageModel):
     linear head on the masked positions only, decoder tied to the embedding. At base it has
     120,179,713 parameters, the tied matrix counted once.
 
-    A batch also holds `positions` (B, P) int64, the columns to predict.
-
-    No attention mask in pre-training: its rows are full, and attention crosses document borders, as
-    the study.
+    A batch also holds `positions` (B, P) int64, the columns to predict. Pre-training has no
+    attention mask: its rows are full, and attention crosses document borders, as in the study.
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))  # tied
         self.position_scale = nn.Parameter(torch.empty(()))
-        self.register_buffer(
-            "position_table",
-            sinusoidal_positions(config.max_length, config.d_model),
-            persistent=False,
-        )
+        positions = sinusoidal_positions(config.max_length, config.d_model)
+        self.register_buffer("position_table", positions, persistent=False)
         self.embedding_norm = nn.LayerNorm(config.d_model, eps=1e-12)
         self.layers = nn.ModuleList(BERTLayer(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=1e-12)
         self.head = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
         self.initialise()
 
     @property
@@ -283,9 +267,9 @@ class BERT(LanguageModel):
 
     @torch.no_grad()
     def initialise(self):
-        """Every matrix N(0, 0.02^2) at the study's width of 768, not scaled with depth, and
-        sqrt(768 / C) times as wide at width C, so that a narrow model's activations start as large
-        as base's; norms 1 and 0; the position scale C^-1/2."""
+        """Every matrix N(0, 0.02^2) at the study's width of 768, not scaled with depth. At width C
+        the deviation is sqrt(768 / C) times as large, so that a narrow model's activations start as
+        large as base's. Norms 1 and 0; the position scale C^-1/2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=self.initial_std)
@@ -300,16 +284,13 @@ class BERT(LanguageModel):
 
     def embed(self, tokens):
         """What the first layer reads: (B, T) -> (B, T, C)."""
-        if tokens.shape[1] > self.config.max_length:
-            raise UserError(
-                f"rows of {tokens.shape[1]} tokens: this model reads at most "
-                f"{self.config.max_length}"
-            )
-        # padding_idx: as in the study, [PAD] (id 0) gets no gradient as an input, only as an
-        # output.
+        length, most = tokens.shape[1], self.config.max_length
+        if length > most:
+            raise UserError(f"rows of {length} tokens: this model reads at most {most}")
+        # As in the study, [PAD] (id 0) gets a gradient from the output only, not as an input.
         h = F.embedding(tokens, self.embedding, padding_idx=0)
-        h = self.embedding_norm(h + self.position_scale * self.position_table[: tokens.shape[1]])
-        return F.dropout(h, self.config.dropout, self.training)
+        h = self.embedding_norm(h + self.position_scale * self.position_table[:length])
+        return self.dropout(h)
 
     def encode(self, tokens, layers=None, mask=None):
         """Hidden states after the final norm: (B, T) -> (B, T, C). `mask` (B, T) bool is True at
@@ -330,18 +311,15 @@ class BERT(LanguageModel):
             return self.predict(self.encode(batch["tokens"], layers), batch["positions"])
 
     def training_flops_per_row(self, row_length, predicted_per_row, layers=None):
-        """Floating-point operations of one row's forward and backward: six for each layer weight
-        and token and for each head and decoder weight and predicted token, and the two attention
-        products."""
-        layers = self.present_layers if layers is None else layers
-        c = self.config
+        """Floating-point operations of one row's forward and backward pass: six for each weight of
+        a layer and token, and for each weight of head and decoder and predicted token, and what the
+        two attention products take."""
+        layers, c = self.present_layers if layers is None else layers, self.config
         layer_weights = 4 * c.d_model**2 + 3 * c.d_model * c.d_ff
         output_weights = c.d_model**2 + c.vocabulary_size * c.d_model
         attention = 3 * 2 * 2 * row_length**2 * c.d_model
-        return (
-            len(layers) * (6 * layer_weights * row_length + attention)
-            + 6 * output_weights * predicted_per_row
-        )
+        in_layers = len(layers) * (6 * layer_weights * row_length + attention)
+        return in_layers + 6 * output_weights * predicted_per_row
 
 
 # -- T5 --------------------------------------------------------------------------------------------
@@ -357,15 +335,11 @@ class T5EncoderLayer(nn.Module):
         self.attention = Attention(c.d_model, c.n_heads, c.d_head, scale=1.0, dropout=c.dropout)
         self.feed_forward_norm = nn.RMSNorm(c.d_model, eps=1e-6)
         self.feed_forward = GatedFeedForward(c.d_model, c.d_ff, "tanh", c.dropout)
-        self.dropout = c.dropout
+        self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, h, bias):  # (B, T, C), (1 or B, H, T, T) -> (B, T, C)
-        h = h + F.dropout(
-            self.attention(self.attention_norm(h), bias=bias), self.dropout, self.training
-        )
-        return h + F.dropout(
-            self.feed_forward(self.feed_forward_norm(h)), self.dropout, self.training
-        )
+        h = h + self.dropout(self.attention(self.attention_norm(h), bias=bias))
+        return h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
 
 
 class T5DecoderLayer(T5EncoderLayer):
@@ -387,31 +361,21 @@ class T5DecoderLayer(T5EncoderLayer):
             bias: of the self-attention, (1, H, P, P), with -inf where it may not look.
             cross_bias: of the attention to `encoded`, broadcast to (B, H, P, T): -inf at padding.
             cache: a dictionary of this layer's for generation: keys and values of the positions
-                before h.
+                before h, and of `encoded`.
         """
+        cache = {} if cache is None else cache
         x = self.attention_norm(h)
         keys_values = self.attention.keys_values(x)
-        if cache is not None:
-            if "self" in cache:
-                keys_values = [
-                    torch.cat([old, new], dim=2) for old, new in zip(cache["self"], keys_values)
-                ]
-            cache["self"] = keys_values
-        h = h + F.dropout(self.attention(x, keys_values, bias), self.dropout, self.training)
-        if cache is None or "cross" not in cache:
-            keys_values = self.cross_attention.keys_values(encoded)
-            if cache is not None:
-                cache["cross"] = keys_values
-        else:
-            keys_values = cache["cross"]
-        h = h + F.dropout(
-            self.cross_attention(self.cross_attention_norm(h), keys_values, cross_bias),
-            self.dropout,
-            self.training,
-        )
-        return h + F.dropout(
-            self.feed_forward(self.feed_forward_norm(h)), self.dropout, self.training
-        )
+        if "self" in cache:
+            pairs = zip(cache["self"], keys_values)
+            keys_values = [torch.cat(pair, dim=2) for pair in pairs]
+        cache["self"] = keys_values
+        h = h + self.dropout(self.attention(x, keys_values, bias))
+        if "cross" not in cache:
+            cache["cross"] = self.cross_attention.keys_values(encoded)
+        x = self.cross_attention_norm(h)
+        h = h + self.dropout(self.cross_attention(x, cache["cross"], cross_bias))
+        return h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
 
 
 class T5LayerPair(nn.Module):
@@ -427,9 +391,7 @@ def relative_buckets(queries, keys, config, bidirectional):
     """T5's bucket of every distance key - query: (len(queries), len(keys)) int64, from two lists of
     positions. Near distances have a bucket each; farther ones share buckets on a logarithmic
     scale."""
-    distance = keys[None, :] - queries[:, None]
-    buckets = config.relative_buckets
-    offset = 0
+    distance, buckets, offset = keys[None, :] - queries[:, None], config.relative_buckets, 0
     if bidirectional:
         buckets //= 2
         offset = (distance > 0) * buckets
@@ -438,9 +400,8 @@ def relative_buckets(queries, keys, config, bidirectional):
         distance = (-distance).clamp(min=0)
     exact = buckets // 2
     # In fp32, as the original: at a few distances the rounding decides the bucket.
-    scale = torch.log(distance.clamp(min=1).float() / exact) / math.log(
-        config.relative_distance / exact
-    )
+    scale = torch.log(distance.clamp(min=1).float() / exact)
+    scale = scale / math.log(config.relative_distance / exact)
     far = (exact + (scale * (buckets - exact)).long()).clamp(max=buckets - 1)
     return offset + torch.where(distance < exact, distance, far)
 
@@ -465,6 +426,7 @@ class T5(LanguageModel):
         self.encoder_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.decoder_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.head = nn.Linear(config.d_model, config.vocabulary_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
         self.initialise()
 
     @torch.no_grad()
@@ -495,16 +457,16 @@ class T5(LanguageModel):
 
     def embed(self, tokens):
         """What the first layers read: (B, T) -> (B, T, C)."""
-        return F.dropout(F.embedding(tokens, self.embedding), self.config.dropout, self.training)
+        return self.dropout(F.embedding(tokens, self.embedding))
 
     def embed_both(self, batch):
-        """What the first layers of both stacks read: (B, T, C), and of the labels before each (B,
-        P, C)."""
+        """What the first layers of both stacks read: the tokens (B, T, C), and for each label the
+        one before it (B, P, C)."""
         tokens, labels = batch["tokens"], batch["labels"]
-        previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with [PAD], id 0
-        # One look-up for both stacks, because its gradient is as large as the embedding; of flat
-        # tokens, so that both parts are contiguous, as what the layers give each other (to a
-        # compiler that matters).
+        previous = F.pad(labels[:, :-1].clamp(min=0), (1, 0))  # starts with <pad>, id 0
+        # One look-up for both stacks, because its gradient is as large as the embedding. The tokens
+        # are flat, so that both parts are contiguous, as every later layer's input is: a compiled
+        # layer would be compiled again for another layout.
         h = self.embed(torch.cat([tokens.flatten(), previous.flatten()]))
         read, previous = h.split([tokens.numel(), labels.numel()])
         return read.view(*tokens.shape, -1), previous.view(*labels.shape, -1)
@@ -516,7 +478,7 @@ class T5(LanguageModel):
 
     def finish_encoder(self, h):
         """From the last layer's output to what the decoder attends to: (B, T, C) -> (B, T, C)."""
-        return F.dropout(self.encoder_norm(h), self.config.dropout, self.training)
+        return self.dropout(self.encoder_norm(h))
 
     def encode(self, h, padding=None, layers=None):
         """The encoder's output for embedded tokens: (B, T, C) -> (B, T, C)."""
@@ -537,7 +499,7 @@ class T5(LanguageModel):
         bias = self.position_bias(self.decoder_positions, keys[before:], keys, bidirectional=False)
         for index in layers:
             h = self.layers[index].decoder(h, encoded, bias, padding, caches and caches[index])
-        return self.head(F.dropout(self.decoder_norm(h), self.config.dropout, self.training))
+        return self.head(self.dropout(self.decoder_norm(h)))
 
     def logits(self, batch, layers=None):
         """Scores over the vocabulary for every label: (B, P, V)."""
@@ -558,9 +520,8 @@ class T5(LanguageModel):
             ended = torch.zeros(len(encoded), dtype=torch.bool, device=encoded.device)
             for _ in range(max_length):
                 read = tokens[:, -1:] if use_cache else tokens
-                best = self.decode(self.embed(read), encoded, padding, caches=caches)[:, -1].argmax(
-                    dim=-1
-                )
+                scores = self.decode(self.embed(read), encoded, padding, caches=caches)
+                best = scores[:, -1].argmax(dim=-1)
                 tokens = torch.cat([tokens, best.masked_fill(ended, 0)[:, None]], dim=1)
                 ended |= best == end
                 if ended.all():
@@ -574,12 +535,9 @@ class T5(LanguageModel):
         c, T, P = self.config, row_length, predicted_per_row
         inner = c.n_heads * c.d_head
         attention, feed_forward = 4 * c.d_model * inner, 3 * c.d_model * c.d_ff
+        weights = T * (attention + feed_forward) + P * (attention + feed_forward)
         # The cross-attention makes its keys and values of the encoder's T tokens.
-        weights = (
-            T * (attention + feed_forward)
-            + P * (attention + attention // 2 + feed_forward)
-            + T * attention // 2
-        )
+        weights += P * attention // 2 + T * attention // 2
         products = 2 * 2 * inner * (T * T + P * P + P * T)
         return len(layers) * (6 * weights + 3 * products) + 6 * P * c.d_model * c.vocabulary_size
 
@@ -615,153 +573,3 @@ def load(path, device="cpu", **changes):
     model.load_state_dict(stored["weights"])
     model.present_layers = stored["present_layers"]
     return model.eval()
-
-
-# -- T5 in the folder format of transformers -------------------------------------------------------
-
-
-def transformers_names(layers):
-    """Our names of T5's parameters -> those of transformers' T5ForConditionalGeneration, for the
-    layers with these indices, numbered anew from 0."""
-    names = {
-        "embedding": "shared.weight",
-        "encoder_positions": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "decoder_positions": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "encoder_norm.weight": "encoder.final_layer_norm.weight",
-        "decoder_norm.weight": "decoder.final_layer_norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    attention = {"query": "q", "key": "k", "value": "v", "output": "o"}
-    feed_forward = {"gate": "wi_0", "linear": "wi_1", "output": "wo"}
-    parts = {
-        "attention": ("SelfAttention", attention),
-        "cross_attention": ("EncDecAttention", attention),
-    }
-    parts["feed_forward"] = ("DenseReluDense", feed_forward)
-    for number, index in enumerate(layers):
-        for stack, order in (
-            ("encoder", ["attention", "feed_forward"]),
-            ("decoder", ["attention", "cross_attention", "feed_forward"]),
-        ):
-            for place, part in enumerate(order):
-                ours, theirs = (
-                    f"layers.{index}.{stack}.{part}",
-                    f"{stack}.block.{number}.layer.{place}",
-                )
-                names[f"{ours}_norm.weight"] = f"{theirs}.layer_norm.weight"
-                their_part, matrices = parts[part]
-                names |= {
-                    f"{ours}.{mine}.weight": f"{theirs}.{their_part}.{its}.weight"
-                    for mine, its in matrices.items()
-                }
-    return names
-
-
-def safetensors():
-    """The optional package that reads and writes the weights of such folders."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(
-            "the transformers folder format needs one more package: pip install safetensors"
-        ) from None
-    return safetensors.torch
-
-
-def save_transformers(model, folder):
-    """Writes a T5, the layers that are present, as config.json and model.safetensors: what
-    transformers' `T5ForConditionalGeneration.from_pretrained(folder)` reads."""
-    c, folder = model.config, Path(folder)
-    weights = {
-        theirs: model.get_parameter(ours).detach().cpu().contiguous()
-        for ours, theirs in transformers_names(model.present_layers).items()
-    }
-    depth = len(model.present_layers)
-    config = {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
-        "vocab_size": c.vocabulary_size,
-        "d_model": c.d_model,
-        "d_kv": c.d_head,
-        "d_ff": c.d_ff,
-        "num_layers": depth,
-        "num_decoder_layers": depth,
-        "num_heads": c.n_heads,
-        "relative_attention_num_buckets": c.relative_buckets,
-        "relative_attention_max_distance": c.relative_distance,
-        "feed_forward_proj": "gated-gelu",
-        "layer_norm_epsilon": 1e-6,
-        "tie_word_embeddings": False,
-        "dropout_rate": c.dropout,
-        "is_encoder_decoder": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-        "dtype": "float32",
-    }
-    save_file = safetensors().save_file
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def load_transformers(folder, device="cpu", **changes):
-    """The T5 of such a folder (T5 v1.1's architecture, as google/t5-v1_1-base), in evaluation mode;
-    its weights are `model.safetensors` or `pytorch_model.bin`. `changes` replace fields of the
-    configuration."""
-    folder = Path(folder)
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: no readable config.json, so not a folder of transformers ({error})"
-        ) from None
-    for name, value in {"model_type": "t5", "feed_forward_proj": "gated-gelu"}.items():
-        if stored.get(name) != value:
-            raise UserError(
-                f"{folder}/config.json: {name} is {stored.get(name)!r}; T5 v1.1 has {value!r}"
-            )
-    # "Not tied" is how T5 v1.1 says that its logits are not scaled; transformers 5 writes it by
-    # another name.
-    if stored.get("scale_decoder_outputs", stored.get("tie_word_embeddings", True)):
-        raise UserError(
-            f"{folder}/config.json: tie_word_embeddings is not false; this is the first T5, not "
-            "v1.1"
-        )
-    if stored.get("num_decoder_layers", stored["num_layers"]) != stored["num_layers"]:
-        raise UserError(
-            f"{folder}/config.json: {stored['num_layers']} encoder and "
-            f"{stored['num_decoder_layers']} decoder layers; here both stacks are as deep"
-        )
-    fields = {
-        "vocabulary_size": "vocab_size",
-        "n_layers": "num_layers",
-        "d_model": "d_model",
-        "n_heads": "num_heads",
-        "d_head": "d_kv",
-        "d_ff": "d_ff",
-        "relative_buckets": "relative_attention_num_buckets",
-        "relative_distance": "relative_attention_max_distance",
-    }
-    config = T5Config(
-        **{ours: stored[theirs] for ours, theirs in fields.items() if theirs in stored} | changes
-    )
-    if (folder / "model.safetensors").exists():
-        weights = safetensors().load_file(folder / "model.safetensors")
-    else:
-        weights = read_tensors(folder / "pytorch_model.bin", ())
-    names = transformers_names(range(config.n_layers))
-    # As transformers 5 writes it: one matrix is saved if both are the same.
-    if stored.get("tie_word_embeddings", True):
-        weights.setdefault("lm_head.weight", weights.get("shared.weight"))
-    if missing := [theirs for theirs in names.values() if theirs not in weights]:
-        raise UserError(f"{folder}: its weights have no {missing[0]}")
-    model = T5(config)
-    try:
-        model.load_state_dict({ours: weights[theirs].float() for ours, theirs in names.items()})
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder}: its weights do not fit its config.json "
-            f"({str(error).splitlines()[-1].strip()})"
-        ) from None
-    return model.to(device).eval()
