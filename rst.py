@@ -17,32 +17,31 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import platform
 import re
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-# How long a thread of GNU OpenMP polls for the next operation before it sleeps; read when torch is
-# loaded. By default it polls for milliseconds, and on a machine with other work the core that it
-# holds is missing where its own operation runs. Beside a busy process on two cores an update took
-# 0.31 s that takes 0.22 to 0.27 s with 4000 to 10000, and single probes varied by 63% instead of 3
-# to 8%.
+# How long an idle thread of GNU OpenMP polls for work before it sleeps; read when torch is loaded.
+# By default it polls for milliseconds, and on a busy machine holds the core that another thread of
+# the same operation waits for: beside a busy process on two cores an update took 0.31 s in place of
+# 0.22 to 0.27 s, and single probes varied by 63% instead of 3 to 8%.
 os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 import torch
 import torch.nn.functional as F
 
 from errors import UserError, exits_on_user_error
-from flags import Parser
+from flags import Option, Parser
 from parallel import gather, max_over_processes
+from runs import is_a, read_record, write_json
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
 # autocast), forward and backward and 1/12 of an update, with 1 to 16 layers: the record of the
-# paper's release, bert/rst/saved_rsts.py. Entry 7 is a slip of its decimal point (0.1052) and is
-# not used.
+# paper's release, bert/rst/saved_rsts.py. (Its seventh entry must mean 0.1052; it is not used.)
 RTX3090_BERT = [
     0.02521, 0.03837, 0.05177, 0.06508, 0.07847, 0.09188, 0.01052, 0.1186, 0.1319, 0.1454, 0.1589,
     0.1722, 0.1857, 0.1988, 0.2120, 0.2253,
@@ -53,14 +52,14 @@ A100_T5 = [0.129, 0.209, 0.291, 0.373, 0.455, 0.538, 0.619, 0.703, 0.783, 0.865,
 
 
 def seconds_per_layer(table):
-    """Slope of the line from the shallowest to the deepest entry of a table of 1, 2, ... layers.
-    The recorded times are linear in depth: every other entry lies on that line within 1.5%."""
+    """Slope of the line from the first to the last entry of a table of 1, 2, ... layers: every
+    other recorded time lies on that line within 1.5%."""
     return (table[-1] - table[0]) / (len(table) - 1)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A machine that budgets are counted on: what one full probe takes there, and how that is
+    """A machine that budgets are counted on: what a full probe takes there, and how that is
     known."""
 
     name: str
@@ -68,18 +67,11 @@ class Reference:
     provenance: str
 
 
+RECORDED = "seconds per layer (of T5: pair of layers), from the release's recorded step times"
 REFERENCES = {
-    "rtx3090": Reference(
-        "rtx3090",
-        {"bert": seconds_per_layer(RTX3090_BERT)},
-        "seconds per layer, from the release's recorded step times",
-    ),
+    "rtx3090": Reference("rtx3090", {"bert": seconds_per_layer(RTX3090_BERT)}, RECORDED),
     # The table is per 144 rows, the probe has 72.
-    "a100": Reference(
-        "a100",
-        {"t5": seconds_per_layer(A100_T5) / 2},
-        "seconds per layer pair, from the release's recorded step times",
-    ),
+    "a100": Reference("a100", {"t5": seconds_per_layer(A100_T5) / 2}, RECORDED),
     "this": Reference("this", {}, "plain time on this machine with all its processes, factor 1"),
 }
 
@@ -88,22 +80,15 @@ def find_reference(name):
     """The reference of that name, or the one in a file that `python rst.py --save=FILE` wrote."""
     if name in REFERENCES:
         return REFERENCES[name]
-    try:
-        with open(name) as file:
-            reference = Reference(**json.load(file))
-        if not reference.probe_seconds or any(
-            not seconds > 0 for seconds in reference.probe_seconds.values()
-        ):
-            raise ValueError("no probe times in it")
-        return reference
-    except FileNotFoundError:
-        raise UserError(
-            f"--reference={name}: neither one of {', '.join(REFERENCES)} nor a file"
-        ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--reference={name}: not a file of `python rst.py --save` ({error})"
-        ) from None
+    if not os.path.exists(name):
+        names = ", ".join(REFERENCES)
+        raise UserError(f"--reference={name}: neither one of {names} nor a file")
+    stored = read_record(name, {"name": str, "probe_seconds": dict, "provenance": str})
+    seconds = {probe: stored["probe_seconds"].get(probe) for probe in PROBES}
+    seconds = {probe: value for probe, value in seconds.items() if value is not None}
+    if not seconds or not all(is_a(value, float) and value > 0 for value in seconds.values()):
+        raise UserError(f"{name}: probe_seconds is {seconds}, expected seconds of a probe")
+    return Reference(stored["name"], seconds, stored["provenance"])
 
 
 # -- The probes: frozen, so that a factor means the same for ever ----------------------------------
@@ -127,9 +112,8 @@ def bert_layer(x, weights):
     return x + F.linear(a * F.gelu(g), w_out)
 
 
-def t5_layer_pair(inputs, weights):
+def t5_layer_pair(x, y, weights):
     """One encoder layer on (B, 512, 768) and one decoder layer on (B, 114, 768), as T5 v1.1's."""
-    x, y = inputs
     qkv, out, w_in, w_out, qkv2, out2, cross_q, cross_kv, cross_out, w_in2, w_out2, bias, bias2 = (
         weights
     )
@@ -147,22 +131,29 @@ def t5_layer_pair(inputs, weights):
     return feed_forward(y, w_in2, w_out2)
 
 
-# A full probe has `rows` rows. A CPU times one of them and multiplies: short, because under load an
-# operation that is spread over the cores waits for the slowest of them, the more often the shorter
-# it is, and the probe should suffer as a training step does (bench.py load).
+# A full probe has `rows` rows. A CPU times one of them and multiplies. So short a probe suffers by
+# other work on the machine as a training step does: both wait, in every operation that is spread
+# over the cores, for the slowest core (bench.py load).
 PROBES = {
-    "bert": dict(rows=128, shapes=[(2304, 768), (768, 768), (3072, 768), (768, 1536)]),
+    "bert": dict(
+        layer=bert_layer,
+        rows=128,
+        lengths=[128],
+        shapes=[(2304, 768), (768, 768), (3072, 768), (768, 1536)],
+    ),
     "t5": dict(
+        layer=t5_layer_pair,
         rows=72,
+        lengths=[512, 114],
         shapes=[(2304, 768), (768, 768), (4096, 768), (768, 2048)]
         + [(2304, 768), (768, 768), (768, 768), (1536, 768), (768, 768)]
         + [(4096, 768), (768, 2048)],
     ),
-}  # fmt: skip
+}
 
 
 class Probe:
-    """One Transformer layer, forward and backward with weight gradients, eager, in a given
+    """One Transformer layer, forward and backward with weight gradients, not compiled, in a given
     dtype."""
 
     def __init__(self, name, device, dtype):
@@ -174,22 +165,15 @@ class Probe:
         def normal(*shape, std):  # of ordinary size everywhere, so that no value is denormal
             return (torch.randn(shape, generator=generator) * std).to(self.device)
 
-        self.weights = [
-            normal(*shape, std=0.02).requires_grad_() for shape in PROBES[name]["shapes"]
-        ]
-        if name == "bert":
-            self.inputs = normal(self.rows, 128, WIDTH, std=1.0).requires_grad_()
-            self.gradient = normal(self.rows, 128, WIDTH, std=1.0)
-        else:
-            self.inputs = [
-                normal(self.rows, length, WIDTH, std=1.0).requires_grad_() for length in (512, 114)
-            ]
-            self.gradient = normal(self.rows, 114, WIDTH, std=1.0)
+        self.weights = [normal(*shape, std=0.02) for shape in PROBES[name]["shapes"]]
+        lengths = PROBES[name]["lengths"]
+        self.inputs = [normal(self.rows, length, WIDTH, std=1.0) for length in lengths]
+        self.gradient = normal(self.rows, lengths[-1], WIDTH, std=1.0)
+        self.leaves = [tensor.requires_grad_() for tensor in self.inputs + self.weights]
+        if name == "t5":
             future = torch.full((114, 114), float("-inf"), device=self.device).triu(1)
-            self.bias = [
-                normal(1, HEADS, 512, 512, std=0.1),
-                normal(1, HEADS, 114, 114, std=0.1) + future,
-            ]
+            bias = [normal(1, HEADS, length, length, std=0.1) for length in lengths]
+            self.weights = [*self.weights, bias[0], bias[1] + future]
 
     def seconds(self):
         """Times one pass; returns the seconds that a full probe takes at this pace."""
@@ -197,14 +181,8 @@ class Probe:
         start = time.perf_counter()
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
-            if self.name == "bert":
-                output, leaves = bert_layer(self.inputs, self.weights), [self.inputs, *self.weights]
-            else:
-                output, leaves = (
-                    t5_layer_pair(self.inputs, self.weights + self.bias),
-                    [*self.inputs, *self.weights],
-                )
-        torch.autograd.grad(output, leaves, self.gradient.to(output.dtype))
+            output = PROBES[self.name]["layer"](*self.inputs, self.weights)
+        torch.autograd.grad(output, self.leaves, self.gradient.to(output.dtype))
         synchronise(self.device)
         return (time.perf_counter() - start) * self.full_rows / self.rows
 
@@ -215,12 +193,11 @@ def prepare_machine(threads=0):
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
-    # T5's first softmax gradients are full of numbers below 1e-38, which double the time of its
-    # backward pass on a CPU: they are zero. Before the first parallel operation, so that all
-    # threads know.
+    # Numbers below 1e-38 count as 0: T5's first softmax gradients are full of them, and on a CPU
+    # they double the time of its backward pass. Threads started later inherit this, others do not.
     torch.set_flush_denormal(True)
-    # glibc keeps freed memory for the next step: giving it back and faulting it in again costs a
-    # CPU step 10 to 20%.
+    # Freed memory is kept for the next step: giving it back to the system and faulting it in again
+    # costs a CPU step 10 to 20%.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
@@ -228,7 +205,7 @@ def prepare_machine(threads=0):
 
 
 def check_device(device):
-    """Refuses a device that is none, or is not here."""
+    """Raises UserError for what is no device of torch's, or is not in this machine."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
     gpus = torch.cuda.device_count()
@@ -246,8 +223,8 @@ def synchronise(device):
 
 
 def fastest_dtype(device):
-    """The dtype that this machine trains fastest in: a lower precision counts when it multiplies
-    matrices 1.3 times as fast as fp32 (GPUs, CPUs with bf16 units), so that noise cannot decide."""
+    """The dtype that this machine trains fastest in. A lower precision must multiply matrices 1.3
+    times as fast as fp32 (GPUs and CPUs with bf16 units do), so that noise cannot decide."""
     candidates = [torch.float32, torch.bfloat16]
     if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         candidates = [torch.float32, torch.float16]  # before Ampere bf16 is emulated
@@ -304,11 +281,8 @@ class Clock:
         self, reference, model, device, budget_seconds=None, budget_updates=None, reprobe=True
     ):
         self.reference, self.device = reference, torch.device(device)
-        self.budget_seconds, self.budget_updates, self.reprobe = (
-            budget_seconds,
-            budget_updates,
-            reprobe,
-        )
+        self.budget_seconds, self.budget_updates = budget_seconds, budget_updates
+        self.reprobe = reprobe
         self.updates, self.spent_seconds, self.free_seconds = 0, 0.0, 0.0
         self.stalls, self.stall_seconds = 0, 0.0
         self.last_seconds = collections.deque(maxlen=50)  # of the last updates, here: what is usual
@@ -317,10 +291,8 @@ class Clock:
         self.rehearsed_progress = None  # set while the loop warms up the shapes of a later time
         self.probe, self.probes, self.seconds_since_probe = None, collections.deque(), 0.0
         self.factor, self.factor_history = 1.0, []  # [spent seconds, factor]
-        if reference.probe_seconds:
-            name = (
-                model if model in reference.probe_seconds else next(iter(reference.probe_seconds))
-            )
+        if known := reference.probe_seconds:
+            name = model if model in known else next(iter(known))
             self.probe = Probe(name, device, fastest_dtype(device))
             self.probe.seconds()  # warm-up
             self.measure(2 * LEAST_PROBES)
@@ -389,18 +361,15 @@ class Clock:
         yield
         # Waits for the device; the checking is free, too.
         changed = fingerprint(self.weights) != before
-        # A block inside this one counts once.
+        # Not +=, so that a block inside this one counts once.
         self.free_block_seconds = earlier + time.perf_counter() - start
         if changed:
-            raise RuntimeError(
-                "weights changed inside clock.free(): free work may not train the model"
-            )
+            raise RuntimeError("weights changed in clock.free(): free work may not train the model")
 
     def state_dict(self):
-        names = ("updates", "spent_seconds", "free_seconds", "stalls", "stall_seconds")
-        return {
-            name: getattr(self, name) for name in (*names, "seconds_since_probe", "factor_history")
-        }
+        names = ["updates", "spent_seconds", "free_seconds", "stalls", "stall_seconds"]
+        names += ["seconds_since_probe", "factor_history"]
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
         # The factor is this session's: the run may have moved to another machine.
@@ -420,75 +389,60 @@ def fingerprint(tensors):
 
 
 def device_name(device):
+    """The model of a GPU or of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = f"{platform.machine()} CPU"
-    with contextlib.suppress(OSError, StopIteration):  # Linux says it better
-        with open("/proc/cpuinfo") as file:
-            name = next(
-                line.partition(":")[2].strip() for line in file if line.startswith("model name")
-            )
-    return name
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # Linux says it best
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"{platform.machine()} CPU"
+
+
+FLAGS = {
+    "save": Option(None, "a file: write this machine's probe times as a reference", kind=str),
+    "reference": Option(None, "a file of --save: print its factor, too", kind=str),
+    "repeats": Option(10, "how often each probe is timed", minimum=1),
+    "threads": Option(0, "CPU threads (0: torch's choice)", minimum=0),
+    "device": Option("cuda" if torch.cuda.is_available() else "cpu", "what is timed"),
+}
 
 
 @exits_on_user_error
 def main(arguments=None):
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--save", metavar="FILE", help="write this machine's probe times as a reference"
-    )
-    parser.add_argument(
-        "--reference", metavar="FILE", help="also print the factor for this reference"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=10, help="how often each probe is timed (10)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, option in FLAGS.items():
+        parser.add(name, option)
     options = parser.parse_args(arguments)
-    if options.repeats < 1 or options.threads < 0:
-        raise UserError(
-            f"--repeats={options.repeats} --threads={options.threads}: repeats are at least 1, "
-            "threads at least 0"
-        )
-    prepare_machine(options.threads)
-    references = {
-        name: reference for name, reference in REFERENCES.items() if reference.probe_seconds
-    }
+    check_device(options.device)
+    references = [*REFERENCES.values()]
     if options.reference:
-        references[options.reference] = find_reference(options.reference)
+        references.append(find_reference(options.reference))
+    prepare_machine(options.threads)
     dtype = fastest_dtype(options.device)
-    print(
+    machine = (
         f"{device_name(options.device)}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {str(dtype).removeprefix('torch.')}"
     )
+    print(machine)
     measured = {}
     for name in PROBES:
         probe = Probe(name, options.device, dtype)
-        probe.seconds()
+        probe.seconds()  # warm-up
         times = [probe.seconds() for _ in range(options.repeats)]
-        measured[name] = statistics.mean(times)
+        measured[name] = mean = statistics.mean(times)
         print(
-            f"{name} probe ({probe.rows} of {probe.full_rows} rows timed): {measured[name]:.4g} s "
-            "full, "
+            f"{name} probe ({probe.rows} of {probe.full_rows} rows timed): {mean:.4g} s full, "
             f"from {min(times):.4g} to {max(times):.4g} over {len(times)} repeats"
         )
-        for reference in references.values():
+        for reference in references:
             if name in reference.probe_seconds:
-                factor = reference.probe_seconds[name] / measured[name]
-                print(
-                    f"  {reference.name}: factor {factor:.5g}; one {reference.name} hour is "
-                    f"{1 / factor:.4g} hours here"
-                )
+                factor = reference.probe_seconds[name] / mean
+                hours = f"one {reference.name} hour is {1 / factor:.4g} hours here"
+                print(f"  {reference.name}: factor {factor:.5g}; {hours}")
     if options.save:
-        reference = Reference(
-            options.save,
-            measured,
-            f"{device_name(options.device)}, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}, {dtype}",
-        )
-        with open(options.save, "w") as file:
-            json.dump(dataclasses.asdict(reference), file, indent=1)
+        saved = Reference(Path(options.save).stem, measured, machine)
+        write_json(options.save, dataclasses.asdict(saved))
         print(f"saved: train.py --reference={options.save}")
 
 
