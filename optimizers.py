@@ -77,12 +77,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if compile:
             self.update = torch.compile(self.update, dynamic=False)
             for group in self.param_groups:
-                weights, gradients = (
-                    [torch.zeros_like(p) for p in group["params"]] for _ in range(2)
-                )
-                self.call_update(
-                    weights, gradients, [new_state(p) for p in weights], 0.0, group["weight_decay"]
-                )
+                weights = [torch.zeros_like(parameter) for parameter in group["params"]]
+                gradients = [torch.zeros_like(weight) for weight in weights]
+                states = [new_state(weight) for weight in weights]
+                self.call_update(weights, gradients, states, 0.0, group["weight_decay"])
 
     def update(self, weights, gradients, states, lr, weight_decay):
         """Applies the rule to tensors of one group."""
@@ -100,18 +98,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             used = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not used:
-                continue
             for parameter in used:
                 if not self.state[parameter]:
                     self.state[parameter] = self.new_state(parameter.detach())
-            self.call_update(
-                [parameter.detach() for parameter in used],
-                [parameter.grad for parameter in used],
-                [self.state[parameter] for parameter in used],
-                group["lr"],
-                group["weight_decay"],
-            )
+            if used:
+                weights = [parameter.detach() for parameter in used]
+                gradients = [parameter.grad for parameter in used]
+                states = [self.state[parameter] for parameter in used]
+                self.call_update(weights, gradients, states, group["lr"], group["weight_decay"])
 
 
 class JoinedOptimizer(torch.optim.Optimizer):

@@ -27,11 +27,8 @@ from optimizers import AdamWScale, parameter_groups
 from parallel import gather, micro_batches, processes, sum_over_processes
 
 # What a method declares if it has forward or backward passes that train nothing.
-FREE_EXTRA_PASSES = {
-    "free_extra_passes": Option(
-        False, "leave passes that train nothing uncharged (the study's ablation)"
-    )
-}
+FREE_PASSES = "leave passes that train nothing uncharged (the study's ablation)"
+FREE_EXTRA_PASSES = {"free_extra_passes": Option(False, FREE_PASSES)}
 
 
 class Method:
@@ -70,40 +67,22 @@ class Method:
     """
 
     options = {}
+    # fmt: off
     defaults = {
-        "bert": {
-            # Crammed BERT's, as in the study.
-            "base": dict(
-                batch=1536,
-                lr=1e-3,
-                beta1=0.9,
-                beta2=0.98,
-                eps=1e-12,
-                weight_decay=0.01,
-                clip=0.5,
-                schedule="one_cycle",
-                rms_scaling=False,
-            ),
+        "bert": {  # base is crammed BERT's recipe, as in the study
+            "base": dict(batch=1536, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01,
+                         clip=0.5, schedule="one_cycle", rms_scaling=False),
             "small": dict(batch=32, lr=1e-3),
             "tiny": dict(batch=8, lr=1e-3),
         },
-        "t5": {
-            # nanoT5's, as in the study.
-            "base": dict(
-                batch=144,
-                lr=2e-2,
-                beta1=0.9,
-                beta2=0.999,
-                eps=1e-6,
-                weight_decay=0.0,
-                clip=1.0,
-                schedule="cosine",
-                rms_scaling=True,
-            ),
+        "t5": {  # base is nanoT5's, as in the study
+            "base": dict(batch=144, lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.0,
+                         clip=1.0, schedule="cosine", rms_scaling=True),
             "small": dict(batch=16),
             "tiny": dict(batch=8),
         },
     }
+    # fmt: on
     models = ("bert", "t5")
     turned_off = {}
 
@@ -163,9 +142,8 @@ class Method:
         `parameter.grad` in place. They are fp32, summed over the processes, unscaled, and None for
         what did not train. What is not the same on all processes ruins the run. (In fp16 the norm
         is not finite where a gradient overflowed, and no step follows.)"""
-        torch.nn.utils.clip_grads_with_norm_(
-            self.model.parameters(), self.config.clip, gradient_norm
-        )
+        parameters = self.model.parameters()
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, gradient_norm)
 
     def evaluation_weights(self):
         """With which weights is the model validated and saved? {parameter: tensor}, of those that
@@ -224,9 +202,9 @@ class Method:
         everyone = gather(padded, self.config.device)
         losses = np.concatenate([row[:share] for row, share in zip(everyone, shares)])
         if not np.isfinite(losses).all():
+            update = self.clock.updates + 1
             raise UserError(
-                f"a row's loss is {losses[~np.isfinite(losses)][0]} before update "
-                f"{self.clock.updates + 1}; lower --lr or --clip"
+                f"a row's loss is not finite before update {update}; lower --lr or --clip"
             )
         return losses
 
@@ -237,10 +215,8 @@ class Method:
         for rows, _ in micro_batches([(positions, None)], self.config.micro_batch):
             batch = self.combination.inputs(rows, stream)
             (loss(batch, rows) * (len(rows) / len(positions))).backward()
-        parameters = self.model.parameters()
-        gradients = {
-            parameter: parameter.grad for parameter in parameters if parameter.grad is not None
-        }
+        used = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = {parameter: parameter.grad for parameter in used}
         self.model.zero_grad(set_to_none=True)
         sum_over_processes(list(gradients.values()))
         return gradients
@@ -280,8 +256,6 @@ def baseline_on_holdout(config, **changes):
         raise UserError(
             f"--train_on={config.train_on}: {config.method} compares with a model of the holdout"
         )
-    common = dict(
-        method="baseline", train_on="holdout", seed=0, options={}, out=None, validations=4
-    )
-    micro_batch = min(config.micro_batch, recipe["batch"])
-    return dataclasses.replace(config, **common, **recipe, micro_batch=micro_batch, **changes)
+    common = dict(method="baseline", options={}, train_on="holdout", seed=0, validations=4)
+    common |= dict(out=None, micro_batch=min(config.micro_batch, recipe["batch"]))
+    return dataclasses.replace(config, **common, **recipe, **changes)

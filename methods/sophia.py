@@ -15,18 +15,16 @@ Where the estimate is small or out of date, the clipping makes the step that of 
 
 Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5%
 and 10%.
-The study found: about the baseline's scores for both models, even where the Hessian passes are
-free.
+The study found: about the baseline's scores for both models, even with the Hessian passes free.
 Where we differ from the release: its BERT draws labels from the encoder's hidden states, throws
-five of six Hessian micro-batches away, does not clip g^, refreshes before updates 0, 10, 20 ... in
-place of after updates 10, 20, ..., and scales h by 196,608 in place of the number of predicted
-tokens (its T5 by 5,120 in place of 16,416). Only rho times that scale matters: the study's rho of
-0.01 stands for about 0.01 x 196,608 / 14,592 = 0.13 of ours in BERT (19 labels in each of the 768
-rows that it meant; its estimate itself was another) and 0.01 x 5,120 / 16,416 = 0.0031 in T5. The
-default is the published 0.05, and the win rate in the log (the share of weights whose step is not
-clipped) should lie between 0.1 and 0.5. The passes take their rows from a stream of their own. With
-T5 the step is scaled with each tensor's RMS and the decay is not, as in the release. fp16, in which
-the study's runs ended in NaN, is refused.
+five of six Hessian micro-batches away, does not clip g^, and refreshes before update 0, 10, 20 ...;
+both its models scale h by a constant (196,608 and 5,120) in place of the number of predicted
+tokens. Only rho times that scale matters, so the study's rho of 0.01 stands for 0.01 x 196,608 /
+14,592 = 0.13 of ours in BERT (19 labels in each of 768 rows) and 0.01 x 5,120 / 16,416 = 0.0031 in
+T5; the default is the published 0.05. The log's win rate (the share of weights whose step is not
+clipped) should lie between 0.1 and 0.5. The passes take rows from a stream of their own. T5's step
+is scaled with each tensor's RMS, its decay is not. fp16, in which the study's runs ended in NaN, is
+refused.
 """
 
 import functools
@@ -55,31 +53,27 @@ def new_state(weight):
 
 
 def sample_labels(logits, uniform):
-    """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P). From
-    logits that are not a number the last label, with which the loss is none either."""
+    """A label from each softmax: logits (B, P, V), uniform numbers (B, P) in [0, 1) -> (B, P)."""
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     # The threshold is above 0: no label without probability.
     threshold = (1 - uniform).to(cumulative)[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    labels = torch.searchsorted(cumulative, threshold).squeeze(-1)
+    return labels.clamp(max=logits.shape[-1] - 1)  # of NaN: the loss is NaN, too, and is noticed
 
 
 def hessian_estimate(gradients, label_tokens, clip):
-    """B g^2 of the mean gradient, clipped to a norm (0: not): the Gauss-Newton-Bartlett
-    estimate."""
+    """The Gauss-Newton-Bartlett estimate B g^2 of the mean gradient, clipped to a norm (0: not)."""
+    factor = 1.0
     if clip:
-        norm = torch.nn.utils.get_total_norm(gradients)
-        factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-        gradients = torch._foreach_mul(gradients, factor)
-    return [gradient.square() * label_tokens for gradient in gradients]
+        factor = (clip / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+    return [(gradient * factor).square() * label_tokens for gradient in gradients]
 
 
 class Sophia(Method):
     options = {
         "clip_threshold": Option(0.05, "rho: larger means fewer clipped steps", minimum=0.0),
         "hessian_interval": Option(10, "updates from one Hessian pass to the next", minimum=1),
-        "hessian_batch": Option(
-            0, "rows of a Hessian pass (0: bert half a batch, t5 a batch)", minimum=0
-        ),
+        "hessian_batch": Option(0, "its rows (0: bert half a batch, t5 a batch)", minimum=0),
         "hessian_clip": Option(1.0, "limit of the norm of its gradient (0: none)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }
@@ -92,28 +86,17 @@ class Sophia(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.updates, self.win_rate = 0, None
-        options, config = self.config.options, self.config
-        self.rows = options["hessian_batch"] or max(
-            1, round(ROWS_SHARE[config.model] * config.batch)
-        )
+        rows = round(ROWS_SHARE[self.config.model] * self.config.batch)
+        self.rows = self.config.options["hessian_batch"] or max(1, rows)
 
     def optimizer(self):
-        config = self.config
+        config, clip_threshold = self.config, self.config.options["clip_threshold"]
         if config.dtype == "fp16":
-            raise UserError(
-                "--dtype=fp16: the gradients of Sophia's Hessian passes underflow; use bf16 or fp32"
-            )
-        constants = dict(
-            beta1=config.beta1, clip_threshold=config.options["clip_threshold"], eps=config.eps
-        )
-        return RuleOptimizer(
-            parameter_groups(self.model, config.weight_decay),
-            config.lr,
-            functools.partial(sophia_update, **constants),
-            new_state,
-            config.rms_scaling,
-            config.compile,
-        )
+            raise UserError("--dtype=fp16: Sophia's Hessian gradients underflow; use bf16 or fp32")
+        constants = dict(beta1=config.beta1, clip_threshold=clip_threshold, eps=config.eps)
+        rule = functools.partial(sophia_update, **constants)
+        groups = parameter_groups(self.model, config.weight_decay)
+        return RuleOptimizer(groups, config.lr, rule, new_state, config.rms_scaling, config.compile)
 
     def after_step(self):
         self.updates, self.win_rate = self.updates + 1, None
@@ -132,26 +115,23 @@ class Sophia(Method):
 
     @torch.no_grad()
     def refresh_hessian(self):
-        """Moves h towards a new estimate, and counts the weights whose next step would not be
-        clipped."""
+        """Moves h towards a new estimate, and counts the weights whose next step is not clipped."""
+        options, state = self.config.options, self.combination.optimizer_in_use.state
         positions = self.corpus.draw(self.rows, SECOND_STREAM)
         with torch.enable_grad():
             gradients = self.mean_gradients(positions, SECOND_STREAM, self.sampled_loss)
         estimates = hessian_estimate(
-            list(gradients.values()), self.label_tokens, self.config.options["hessian_clip"]
+            list(gradients.values()), self.label_tokens, options["hessian_clip"]
         )
-        state = self.combination.optimizer_in_use.state
-        threshold = self.config.options["clip_threshold"]
         won, weights = 0, 0
         for parameter, estimate in zip(gradients, estimates):
-            if parameter not in state:  # not updated yet
-                continue
-            hessian, momentum = state[parameter]["hessian"], state[parameter]["momentum"]
-            hessian.lerp_(estimate, 1 - self.config.beta2)
-            won += (momentum.abs() < threshold * hessian).sum()
-            weights += momentum.numel()
-        norms = torch.stack(torch._foreach_norm(estimates))
-        won, finite = torch.stack([won, norms.isfinite().all()]).tolist()  # waits for the device
+            if parameter in state:  # else it was not updated yet
+                hessian, momentum = state[parameter]["hessian"], state[parameter]["momentum"]
+                hessian.lerp_(estimate, 1 - self.config.beta2)
+                won += (momentum.abs() < options["clip_threshold"] * hessian).sum()
+                weights += momentum.numel()
+        finite = torch.stack([estimate.isfinite().all() for estimate in estimates]).all()
+        won, finite = torch.stack([won, finite]).tolist()  # waits for the device, once
         self.win_rate = won / weights
         if not finite:
             raise UserError(
