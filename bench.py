@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -542,40 +543,38 @@ def run_to_its_end(flags):
         return runs.read_record(Path(folder) / "run" / "result.json")
 
 
-def kills(repeats, chosen=tuple(models.SIZES), updates=12):
-    """Every method once to its end, and once killed `repeats` times (SIGKILL, at any moment from
-    its start on) and resumed. Prints the losses and weights that differ: there should be none."""
-    flags = [
-        "--size=tiny",
-        "--data=pydocs",
-        "--device=cpu",
-        "--threads=1",
-        f"--budget_steps={updates}",
-    ]
-    flags += ["--batch=16", "--row_length=32", "--validations=2", "--validation_rows=20"]
+def kills(repeats, chosen=tuple(models.SIZES), updates=40):
+    """Every method once to its end, and again, killed `repeats` times (SIGKILL, at any moment from
+    its start on) and resumed; a run that ends before is begun anew. Prints the losses and weights
+    that differ: there should be none."""
+    flags = "--size=tiny --data=pydocs --device=cpu --threads=1 --batch=16 --row_length=32 "
+    flags += f"--validations=2 --validation_rows=20 --budget_steps={updates}"
     moments, count = random.Random(0), 0
     for model, method in itertools.product(chosen, methods.names()):
         with tempfile.TemporaryDirectory() as folder:
             plain, killed = Path(folder) / "plain", Path(folder) / "killed"
-            command = [sys.executable, "train.py", *flags, f"--model={model}", f"--method={method}"]
+            command = [sys.executable, "train.py", *flags.split()]
+            command += [f"--model={model}", f"--method={method}", "--checkpoint_minutes=0.001"]
             run = functools.partial(subprocess.Popen, cwd=runs.ROOT, stdout=subprocess.DEVNULL)
             start = time.perf_counter()
             if run([*command, f"--out={plain}"]).wait():
                 raise UserError(f"{' '.join(command)} failed")
-            seconds, kills_here = time.perf_counter() - start, 0
-            while runs.status(killed) != "finished":
-                process = run([*command, f"--out={killed}", "--checkpoint_minutes=0.0001"])
+            seconds, kills_here, differing = time.perf_counter() - start, 0, set()
+            while kills_here < repeats or runs.status(killed) == "interrupted":
+                process = run([*command, f"--out={killed}"])
+                until = moments.uniform(0.3, 1) * seconds if kills_here < repeats else None
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(
-                        moments.uniform(0.3, 1) * seconds if kills_here < repeats else None
-                    )
+                    process.wait(until)
                 kills_here += process.poll() is None
                 process.kill()
                 if process.wait() > 0:
                     raise UserError(f"{' '.join(command)} cannot go on after a kill")
-            differing = differences(plain, killed)
+                if runs.status(killed) == "finished":
+                    differing |= set(differences(plain, killed))
+                    shutil.rmtree(killed)
         count += kills_here
-        print(f"{model}, {method}: {kills_here} kills, {differing or 'the same bits'}", flush=True)
+        same = "different: " + ", ".join(sorted(differing)) if differing else "the same bits"
+        print(f"{model}, {method}: {kills_here} kills, {same}", flush=True)
     print(f"{count} kills in all")
 
 
