@@ -2,10 +2,8 @@
 
     python bench.py speed     a training step next to transformers', as share of the matmul peak
     python bench.py generate  T5's greedy generation with its cache and without
-    python bench.py input     the input pipeline's share of a step
-    python bench.py depth     cost of 4 to 16 active layers next to the release's recorded times
     python bench.py step      every optimizer's step at tiny and small, as a share of an update
-    python bench.py costs     an update of every method next to the baseline's and theory, memory
+    python bench.py costs     an update of every method next to the baseline's, peak memory
     python bench.py load      updates that a budget buys with one thread, two, and on a busy machine
     python bench.py kills     every method, killed at random moments and resumed: the same bits?
 
@@ -43,11 +41,6 @@ from data.prepare import SENTINELS
 from errors import UserError, exits_on_user_error
 from flags import Option, Parser
 from methods.baseline import Method
-from methods.sophia import ROWS_SHARE
-from optimizers import hidden_matrices
-
-# For an objective that is asked for its shapes, or corrupts random tokens.
-NO_META = {"vocabulary_size": 0, "first_sentinel": 0, "separator": 0}
 
 
 def timed(function):
@@ -77,8 +70,8 @@ def cpu_config(model, size, **flags):
 
 def random_batch(config, rows):
     """A batch of random tokens with the shapes that `config` trains on."""
-    meta = NO_META | {"vocabulary_size": config.vocabulary, "separator": 1}
-    meta["first_sentinel"] = config.vocabulary - 1
+    sentinel = config.vocabulary - 1
+    meta = dict(vocabulary_size=config.vocabulary, first_sentinel=sentinel, separator=1)
     objective = OBJECTIVES[config.model](config.row_length, meta)
     shape, generator = (rows, objective.raw_length), torch.Generator().manual_seed(0)
     tokens = torch.randint(5, config.vocabulary - SENTINELS, shape, generator=generator)
@@ -215,41 +208,6 @@ def generation(repeats, tokens=64, rows=16):
     )
 
 
-def forward_and_backward(model, batch, layers=None):
-    def step():
-        model.loss(batch, layers=layers).backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def input_pipeline(repeats):
-    config = cpu_config("bert", "tiny", batch=32)
-    corpus = train.open_corpus(config)
-    model = models.build("bert", "tiny", config.vocabulary)
-
-    def make():
-        return corpus.batch(corpus.draw(32))
-
-    made, step = interleaved([make, forward_and_backward(model, make())], repeats)
-    print(
-        f"input of 32 rows {1000 * made:.2f} ms, forward and backward at tiny {1000 * step:.0f} "
-        f"ms: {made / step:.2%}"
-    )
-
-
-def depth(repeats):
-    config = cpu_config("bert", "base")
-    model, batch = models.build("bert", "base", config.vocabulary), random_batch(config, 8)
-    depths, recorded = [4, 8, 12, 16], rst.RTX3090_BERT
-    steps = [forward_and_backward(model, batch, list(range(layers))) for layers in depths]
-    seconds = interleaved(steps, repeats, warm_up=1)
-    print_header("active layers", "seconds", "relative to 16", "release's table")
-    for layers, taken in zip(depths, seconds):
-        theirs = recorded[layers - 1] / recorded[-1]
-        print_row(layers, f"{taken:.2f}", f"{taken / seconds[-1]:.3f}", f"{theirs:.3f}")
-
-
 # -- Optimizers ------------------------------------------------------------------------------------
 
 
@@ -308,47 +266,27 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=12):
     """Runs of the loop at size small on pydocs, each beside a run of the baseline, both with half
     of the threads: at the same time on the same machine, so that its other work slows both. What a
     method needs first stays in runs/."""
-    threads = torch.get_num_threads()
-    half = max(1, threads // 2)
+    threads = max(1, torch.get_num_threads() // 2)
     for model in chosen:
         batch = {"bert": 8, "t5": 2}[model]
         flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", "--yes"]
-        flags += [f"--batch={batch}", f"--micro_batch={batch}", f"--threads={half}"]
+        flags += [f"--batch={batch}", f"--micro_batch={batch}", f"--threads={threads}"]
         flags += ["--validations=1", "--validation_rows=10"]
-        configs = {}
-        for method in ["baseline", *sorted(set(methods.names()) - {"baseline"})]:
-            own = [f"--method={method}", f"--budget_steps={updates}", *COST_FLAGS.get(method, [])]
-            configs[method] = train.resolve(train.parse([*flags, *own])[0]), [*flags, *own]
-            for name, needed in methods.find(method).prerequisites(configs[method][0]).items():
+        print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times")
+        print_header("method", "an update, in the baseline's", "peak memory, GB")
+        for method in methods.names():
+            own = [*flags, f"--method={method}", f"--budget_steps={updates}"]
+            own += COST_FLAGS.get(method, [])
+            config = train.resolve(train.parse(own)[0])
+            for name, needed in methods.find(method).prerequisites(config).items():
                 train.ensure_run(name, needed)
-        torch.set_num_threads(half)  # as the runs
-        layer_seconds = cost_of_layers(configs["baseline"][0], batch)
-        torch.set_num_threads(threads)
-        print(
-            f"{model}-small, {batch} rows, {updates} updates, {repeats} times; an update with n "
-            f"layers takes {layer_seconds[0]:.3f} + {layer_seconds[1]:.3f} n s"
-        )
-        print_header("method", "an update, in the baseline's", "theory", "gap", "peak memory, GB")
-        for method, (config, own) in configs.items():
-            ratios, peaks = [], []
-            for _ in range(repeats):
-                lines, others, peak = run_beside_baseline(own, flags)
-                ratios.append(local_seconds(lines) / local_seconds(others))
-                peaks.append(peak)
-            measured = statistics.median(ratios)
-            expected = theory(method, config, lines, *layer_seconds)
-            spread = f"{measured:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-            gap = f"{measured / expected - 1:+.1%}"
-            print_row(method, spread, f"{expected:.3f}", gap, f"{max(peaks):.2f}")
-
-
-def local_seconds(lines):
-    """The mean seconds that an update took here."""
-    return statistics.mean(line["charged_seconds"] / line["factor"] for line in lines)
+            ratios, peaks = zip(*(run_beside_baseline(own, flags) for _ in range(repeats)))
+            spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
+            print_row(method, f"{statistics.median(ratios):.3f} {spread}", f"{max(peaks):.2f}")
 
 
 def run_beside_baseline(own, flags):
-    """(log lines of its updates, those of the baseline beside it, its peak memory in GB)."""
+    """(mean seconds of its updates in those of the baseline beside it, its peak memory in GB)."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/messages", "w+") as messages:
 
         def start(name, flags):
@@ -371,15 +309,19 @@ def run_beside_baseline(own, flags):
         log = Path(folder) / "other" / "log.jsonl"
         with open(log, "rb+") as file:  # the killed run's last line may be cut short
             file.truncate(file.read().rfind(b"\n") + 1)
-        lines, others = (
-            [line for line in runs.read_log(Path(folder) / name) if "loss" in line]
+        seconds = {
+            name: [
+                line["charged_seconds"] / line["factor"]
+                for line in runs.read_log(Path(folder) / name)
+                if "loss" in line
+            ]
             for name in ("own", "other")
-        )
-    if not others:
+        }
+    if not seconds["other"]:
         raise UserError(
             "the baseline made no update beside it: this machine is too busy; try again"
         )
-    return lines, others, peak
+    return statistics.mean(seconds["own"]) / statistics.mean(seconds["other"]), peak
 
 
 def peak_memory(pid):
@@ -390,104 +332,6 @@ def peak_memory(pid):
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 2**20  # of kB
     return 0.0
-
-
-def theory(method, config, lines, constant, per_layer):
-    """What an update of a method costs, relative to the baseline's, for the updates of these log
-    lines.
-
-    A pass without gradients is a third of a training pass. Layers cost what `cost_of_layers`
-    measured; other shapes and Muon's products cost as their floating-point operations, those in
-    bf16 as much less as this machine multiplies faster in it.
-    """
-    model, batch = models.build(config.model, config.size, config.vocabulary), config.batch
-    objective = OBJECTIVES[config.model](config.row_length, NO_META)
-    reports, options = [line.get(method, {}) for line in lines], config.options
-
-    def mean(value):
-        return statistics.mean(map(value, reports))
-
-    def flops(rows):
-        width = getattr(rows, "read_length", rows.raw_length)
-        return model.training_flops_per_row(width, rows.predicted_per_row)
-
-    def of_length(report):
-        return flops(OBJECTIVES[config.model](report["row_length"], NO_META))
-
-    def of_mask_share(report):
-        return flops(objective.with_mask_share(report["mask_share"], NO_META))
-
-    def layers_share():
-        all_layers = constant + per_layer * len(model.layers)
-        return mean(lambda report: constant + per_layer * report["layers"]) / all_layers
-
-    def sophia():
-        passes = len(lines) // options["hessian_interval"]
-        return 1 + ROWS_SHARE[config.model] * passes / len(lines)
-
-    def muon():
-        sides = [sorted(matrix.shape) for matrix in hidden_matrices(model).values()]
-        products = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
-        slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-        return 1 + products * slower / (batch * flops(objective))
-
-    def token_dropping():
-        width = getattr(objective, "read_length", config.row_length)
-        saved = token_dropping_saves(model, config.model, width, round(options["keep"] * width))
-        dropping = statistics.mean(line["progress"] < 1 - options["full_phase"] for line in lines)
-        return 1 - dropping * saved / flops(objective)
-
-    costs = {
-        "stacking": layers_share,
-        "layer_drop": layers_share,
-        "selective_backprop": lambda: 1 + mean(lambda report: report["candidates"]) / batch / 3,
-        "rho": lambda: 1 + options["mega_batch_factor"] / 3,
-        "token_rho": lambda: 1 + 1 / 3,
-        "sophia": sophia,
-        "muon": muon,
-        "length_warmup": lambda: mean(of_length) / flops(objective),
-        "mask_schedule": lambda: mean(of_mask_share) / flops(objective),
-        "token_dropping": token_dropping,
-    }
-    return costs[method]() if method in costs else 1.0
-
-
-def product_seconds(dtype, size=1024):
-    """Seconds of a product of two square matrices."""
-    matrix = torch.randn(size, size).to(dtype)
-    return interleaved([lambda: matrix @ matrix], repeats=10)[0]
-
-
-def token_dropping_saves(model, name, width, kept):
-    """Floating-point operations of a row that the middle layers save by reading `kept` of `width`
-    tokens."""
-    c, layers = model.config, len(model.layers)
-    if name == "bert":
-        whole, part = (model.training_flops_per_row(length, 0, [0]) for length in (width, kept))
-        # Of the layer in which the kept tokens attend to all.
-        keys_values = 6 * 2 * c.d_model**2 * (width - kept)
-        products = 12 * c.d_model * kept * (width - kept)
-        return (layers // 2) * (whole - part) - keys_values - products
-    inner = c.n_heads * c.d_head
-    weights = 4 * c.d_model * inner + 3 * c.d_model * c.d_ff
-    whole, part = (6 * weights * length + 12 * inner * length**2 for length in (width, kept))
-    return (layers - 2) * (whole - part)
-
-
-def cost_of_layers(config, rows, repeats=5):
-    """(a, b) of the seconds a + b n that an update with n layers takes, from a quarter of them, and
-    all."""
-    model = models.build(config.model, config.size, config.vocabulary)
-    batch, optimizer = random_batch(config, rows), Method(model, None, None, config, {}).optimizer()
-
-    def step(count):
-        loss = functools.partial(model.loss, batch, layers=list(range(count)))
-        return training_step(model, loss, optimizer, config.clip)
-
-    layers, quarter = len(model.layers), len(model.layers) // 4
-    few, all_of_them = interleaved([step(quarter), step(layers)], repeats)
-    per_layer = (all_of_them - few) / (layers - quarter)
-    return few - per_layer * quarter, per_layer
 
 
 # -- Runs on a busy machine, and runs that are killed ----------------------------------------------
@@ -594,8 +438,6 @@ def differences(one, other):
 BENCHES = {  # and how often they are repeated
     "speed": (speed, 10),
     "generate": (generation, 3),
-    "input": (input_pipeline, 20),
-    "depth": (depth, 5),
     "step": (optimizer_steps, 10),
     "costs": (costs, 1),
     "load": (load, 1),
