@@ -66,7 +66,7 @@ def exits_on_user_error(main):
         except OSError as error:
             if error.errno not in OF_THE_FILE_SYSTEM:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

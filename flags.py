@@ -36,9 +36,11 @@ class Option:
 
     def check(self, name, value):
         """Raises UserError for a value outside the limits, not finite, or empty."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value}: expected a finite number")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and (not self.minimum <= value <= self.maximum or abs(value) == math.inf):
-            raise UserError(f"--{name}={value}: expected a number {self.limits}".rstrip())
+        if number and not self.minimum <= value <= self.maximum:
+            raise UserError(f"--{name}={value}: expected a number {self.limits}")
         if value == "" and self.default is None:
             raise UserError(f"--{name}=: it is empty")
 

@@ -2637,7 +2637,7 @@ def test_token_dropping_of_t5_is_random_ltd(started):
             "--row_length=600 --validation_rows=1",
             "rows of 600 tokens: this model reads at most 512",
         ),
-        ("--out=/dev/null/run", "Not a directory: '/dev/null/run'"),
+        ("--out=/dev/null/run", "error: /dev/null/run: Not a directory"),
         ("--data=nowhere", "python data/prepare.py nowhere"),
         ("--reference=rtx9", "--reference=rtx9"),
         ("--holdout=1", "--holdout=1.0"),

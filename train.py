@@ -359,8 +359,8 @@ def prepare_corpus(config):
     if is_main():
         print0("preparing pydocs, the docstrings of what is installed (once, about a minute)")
         done = subprocess.run([sys.executable, str(runs.ROOT / "data" / "prepare.py"), *arguments])
-        if done.returncode:
-            raise UserError(f"preparing pydocs failed (exit status {done.returncode})")
+        if done.returncode:  # it said why
+            raise SystemExit(done.returncode)
 
 
 def ensure_run(name, config, reference=None):
