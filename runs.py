@@ -97,9 +97,9 @@ def written_whole(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        kept = "; the file that was there is untouched" if os.path.exists(path) else ""
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}{kept}. Is the disk full?") from None
+        kept = "; the file that was there is untouched" if os.path.isfile(path) else ""
+        reason = getattr(error, "strerror", None) or f"{error}. Is the disk full?".splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}{kept}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -212,7 +212,7 @@ def read_tensors(path, expected, device="cpu"):
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds more than plain data") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition(". ")[0]
         raise UserError(f"{path} cannot be read, it is cut short or damaged ({reason})") from None
     missing = [key for key in expected if not isinstance(stored, dict) or key not in stored]
     if missing:

@@ -686,10 +686,10 @@ def find_text(name, files, shards, base_url, folder):
         return [write_pydocs(folder)], {"files": name, "versions": pydocs_versions()}
     if name == "c4":
         downloads = folder.parent / "downloads"
-        downloads.mkdir(exist_ok=True)
         names = [f"c4-train.{index:05d}-of-{C4_SHARDS:05d}.json.gz" for index in range(shards)]
-        for file in names:
-            download(f"{base_url}/{file}", downloads / file)
+        with locked(downloads, wait=True):
+            for file in names:
+                download(f"{base_url}/{file}", downloads / file)
         return [downloads / file for file in names], {"files": base_url, "shards": shards}
     raise UserError(
         f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH"
