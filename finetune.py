@@ -54,6 +54,20 @@ RECIPE_FLAGS = {
     ),
     "dtype": Option(None, "precision (sni: fp32; else bf16 on a GPU)", ("fp32", "bf16"), kind=str),
 }
+DATA_DIR = "folder of the published files; what is missing is downloaded (data/SUITE)"
+FLAGS = {
+    "task": Option(
+        None, "some of its tasks, joined by commas (all; of glue without wnli)", kind=str
+    ),
+    "data_dir": Option(None, DATA_DIR, kind=str),
+    "base_url": Option(None, "where they are downloaded from (their publisher)", kind=str),
+    "seeds": Option(None, "joined by commas (glue, superglue: 0,1,2; sni: 2137)", kind=str),
+    "out": Option(None, "folder of the results (RUN/finetuned/SUITE)", kind=str),
+    "untrained": Option(False, "start from new weights in place of the run's"),
+    **RECIPE_FLAGS,
+    "device": Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"),
+    "threads": Option(0, "CPU threads; 0: torch's choice", minimum=0),
+}
 
 
 # -- Two kinds of learners, one interface: `encode` a row; `batch`, `loss`, `predictions` ----------
@@ -113,12 +127,10 @@ class Classifier(nn.Module):
             return self.output(h).float()
 
     def loss(self, batch):
-        outputs = self(batch)
-        return (
-            F.mse_loss(outputs[:, 0], batch["labels"])
-            if self.is_score
-            else F.cross_entropy(outputs, batch["labels"])
-        )
+        outputs, labels = self(batch), batch["labels"]
+        if self.is_score:
+            return F.mse_loss(outputs[:, 0], labels)
+        return F.cross_entropy(outputs, labels)
 
     def predictions(self, batch):
         """For every row the number of its class, or its score."""
@@ -139,12 +151,9 @@ class Writer(nn.Module):
 
     def encode(self, row):
         """(tokens of the prompt, tokens of the label), both ended by </s>."""
-        source = self.task.prompt(
-            row, lambda text: len(self.tokenizer.encode(text)) + 1, self.recipe.max_length
-        )
-        return self.ended(source, self.recipe.max_length), self.ended(
-            row.label, self.recipe.target_length
-        )
+        limit = self.recipe.max_length
+        source = self.task.prompt(row, lambda text: len(self.tokenizer.encode(text)) + 1, limit)
+        return self.ended(source, limit), self.ended(row.label, self.recipe.target_length)
 
     def batch(self, encoded):
         """`tokens` and `mask` (B, T), `labels` (B, P), -100 at padding."""
@@ -157,10 +166,10 @@ class Writer(nn.Module):
     def predictions(self, batch):
         """For every row the text that the model writes."""
         written = self.t5.generate(batch, self.recipe.target_length, end=self.tokenizer.separator)
-        return [
-            self.tokenizer.decode([token for token in row if token > self.tokenizer.separator])
-            for row in written.tolist()
-        ]
+        texts = (
+            [token for token in row if token > 1] for row in written.tolist()
+        )  # no <pad>, </s>
+        return [self.tokenizer.decode(text) for text in texts]
 
 
 KINDS = {"bert": Classifier, "t5": Writer}
@@ -244,9 +253,8 @@ def predict(learner, encoded, device, label=""):
     learner.eval()
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index][0]))
     predictions = [None] * len(encoded)
-    for start in tqdm(
-        range(0, len(order), ROWS_AT_ONCE), f"{label}, evaluating", leave=False, disable=None
-    ):
+    starts = range(0, len(order), ROWS_AT_ONCE)
+    for start in tqdm(starts, f"{label}, evaluating", leave=False, disable=None):
         part = order[start : start + ROWS_AT_ONCE]
         batch = moved(learner.batch([encoded[index] for index in part]), device)
         for index, prediction in zip(part, learner.predictions(batch)):
@@ -292,9 +300,8 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
                 part = order[start : start + batch]
                 for group in optimizer.param_groups:
                     group["lr"] = scheduled_lr(recipe, update, updates)
-                loss = learner.loss(
-                    moved(learner.batch([encoded[index] for index in part]), device)
-                )
+                rows = learner.batch([encoded[index] for index in part])
+                loss = learner.loss(moved(rows, device))
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -311,10 +318,8 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
                 scores = {}
                 for suffix, (rows, its_encoded) in evaluated.items():
                     predictions = predict(learner, its_encoded, device, label)
-                    scores |= {
-                        name + suffix: metric(predictions, rows)
-                        for name, metric in task.metrics.items()
-                    }
+                    for name, metric in task.metrics.items():
+                        scores[name + suffix] = metric(predictions, rows)
                 epochs.append({"epoch": epoch + 1, "training_loss": mean_loss, "scores": scores})
                 bar.set_postfix({name: f"{score:.4f}" for name, score in scores.items()})
     return epochs
@@ -418,23 +423,10 @@ class Job:
 @exits_on_user_error
 def main(arguments=None):
     parser = Parser(description=__doc__, prog="finetune.py")
-    parser.add_argument(
-        "run", help="the folder of a finished run, or one of transformers with a T5"
-    )
+    parser.add_argument("run", help="the folder of a finished run, or of transformers with a T5")
     parser.add_argument("--suite", required=True, help=", ".join(tasks.suites()))
-    for name, help in (
-        ("task", "some of its tasks, joined by commas (all; of glue without wnli)"),
-        ("data_dir", "folder of the published files; what is missing is downloaded (data/SUITE)"),
-        ("base_url", "where they are downloaded from (their publisher)"),
-        ("seeds", "joined by commas (the suite's: glue and superglue 0,1,2; sni 2137)"),
-        ("out", "folder of the results (RUN/finetuned/SUITE)"),
-    ):
-        parser.add(name, Option(None, help, kind=str))
-    parser.add("untrained", Option(False, "start from new weights in place of the run's"))
-    for name, option in RECIPE_FLAGS.items():
+    for name, option in FLAGS.items():
         parser.add(name, option)
-    parser.add("device", Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"))
-    parser.add("threads", Option(0, "CPU threads; 0: torch's choice", minimum=0))
     options = parser.parse_args(arguments)
     suite, folder = tasks.find(options.suite), Path(options.run)
     rst.check_device(options.device)
