@@ -279,7 +279,7 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
     encoded = encode(training)
     evaluated = {suffix: (rows, encode(rows)) for suffix, rows in evaluated.items()}
     batch = min(recipe.batch, len(training))
-    per_epoch = len(training) // batch  # the last, incomplete batch is dropped, as the study
+    per_epoch = len(training) // batch  # the last, incomplete batch is dropped, as in the study
     updates, update, epochs = recipe.epochs * per_epoch, 0, []
     optimizer = torch.optim.AdamW(
         learner.parameters(),

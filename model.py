@@ -45,7 +45,7 @@ class BERTConfig:
     n_heads: int = 12
     d_ff: int = 1536  # width of the gated feed-forward layer
     max_length: int = 512  # of a row; the position table has no parameters
-    dropout: float = 0.0  # pre-training runs without (as the study); fine-tuning sets 0.1
+    dropout: float = 0.0  # pre-training runs without (as in the study); fine-tuning sets 0.1
 
 
 @dataclass(frozen=True)

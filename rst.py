@@ -192,7 +192,7 @@ def prepare_machine(threads=0):
     `threads` of the CPU; 0: torch's choice."""
     if threads:
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the study
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in the study
     # Numbers below 1e-38 count as 0: T5's first softmax gradients are full of them, and on a CPU
     # they double the time of its backward pass. Threads started later inherit this, others do not.
     torch.set_flush_denormal(True)

@@ -602,8 +602,8 @@ class Training:
     def warm_up(self):
         """Trains on throw-away batches, so that compilation and first-time work are done before the
         clock starts: on the shapes that `inputs` makes at any time of the budget, and at both its
-        ends (a method may compute something else there), with the layers that there are now.
-        (Optimizers compile when they are made.) Then it says how long the run will take."""
+        ends (a method may compute something else there), at the current depth. (Optimizers compile
+        when they are made.) Then it says how long the run will take."""
         config, clock, method, model = self.config, self.clock, self.method, self.model
         model.present_layers = method.layers()
         groups = method.groups(np.arange(config.batch))
@@ -773,8 +773,7 @@ class Training:
 
 @torch.no_grad()
 def validate(model, corpus, rows_per_batch):
-    """Mean loss over the predicted tokens of the fixed validation rows, with the layers that there
-    are."""
+    """Mean loss over the predicted tokens of the fixed validation rows, at the current depth."""
     total = torch.zeros((), dtype=torch.float64, device=corpus.device)
     for batch in corpus.validation_batches(rows_per_batch, process(), processes()):
         total += model.loss(batch).double() * batch["labels"].numel()
