@@ -85,9 +85,9 @@ PATTERN = r" ?\w{1,32}| ?[^\w\s]{1,32}|\s{1,32}(?!\S)|\s"
 
 
 def normalise(text, uncased):
-    """The text that the tokenizer sees. Uncased, as in the study: typewriter quotes (`` and '') become
-    ", accents are stripped (NFD), letters are lower-cased, white space is one space. Unlike the
-    study, characters outside ASCII stay: byte-level BPE can write them."""
+    """The text that the tokenizer sees. Uncased, as in the study: typewriter quotes (`` and '')
+    become ", accents are stripped (NFD), letters are lower-cased, white space is one space. Unlike
+    the study, characters outside ASCII stay: byte-level BPE can write them."""
     if not text.isascii():
         # JSON can hold half a surrogate pair.
         text = text.encode("utf-8", "replace").decode("utf-8")
