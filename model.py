@@ -116,7 +116,7 @@ class Attention(nn.Module):
         products and broadcast to (B, H, T, T of the keys)."""
         k, v = self.keys_values(x) if keys_values is None else keys_values
         q, dropout = self.split(self.query(x)), self.dropout if self.training else 0.0
-        attention = F.scaled_dot_product_attention
+        attention = F.scaled_dot_product_attention  # fused: the T x T products are never stored
         if bias is not None and bias.requires_grad and x.device.type == "cpu":
             attention = attention_with_learned_bias
         y = attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
@@ -186,6 +186,7 @@ class LanguageModel(nn.Module):
         labels = batch["labels"]
         if per_example:
             return self.token_losses(batch, layers).sum(dim=1) / (labels >= 0).sum(dim=1)
+        # In fp32, whatever the layers compute in: bf16 has three digits, too few for a sum over V.
         logits = self.logits(batch, layers).flatten(0, 1).float()
         return F.cross_entropy(logits, labels.flatten())
 
@@ -251,6 +252,7 @@ class BERT(LanguageModel):
         super().__init__(config)
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))  # tied
         self.position_scale = nn.Parameter(torch.empty(()))
+        # Not among the saved weights: it is the same for every model of this shape.
         positions = sinusoidal_positions(config.max_length, config.d_model)
         self.register_buffer("position_table", positions, persistent=False)
         self.embedding_norm = nn.LayerNorm(config.d_model, eps=1e-12)
@@ -302,6 +304,7 @@ class BERT(LanguageModel):
 
     def predict(self, h, positions):
         """Scores over the vocabulary at these columns, (B, T, C), (B, P) -> (B, P, V)."""
+        # Only these reach the decoder, by far the largest matrix: at base 19 columns of 128.
         h = h.gather(1, positions[:, :, None].expand(-1, -1, h.shape[-1]))
         return F.linear(self.head(h), self.embedding)
 
@@ -315,6 +318,8 @@ class BERT(LanguageModel):
         a layer and token, and for each weight of head and decoder and predicted token, and what the
         two attention products take."""
         layers, c = self.present_layers if layers is None else layers, self.config
+        # A multiply and an add for each weight forward, and twice as many backward: for the
+        # gradient of its input and for its own.
         layer_weights = 4 * c.d_model**2 + 3 * c.d_model * c.d_ff
         output_weights = c.d_model**2 + c.vocabulary_size * c.d_model
         attention = 3 * 2 * 2 * row_length**2 * c.d_model
@@ -495,6 +500,8 @@ class T5(LanguageModel):
         before = 0
         if caches is not None and layers and "self" in caches[layers[0]]:
             before = caches[layers[0]]["self"][0].shape[2]
+        # In training h is the whole row; in generation the newest token, whose keys and values join
+        # those of the tokens before it.
         keys = torch.arange(before + h.shape[1], device=h.device)
         bias = self.position_bias(self.decoder_positions, keys[before:], keys, bidirectional=False)
         for index in layers:

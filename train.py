@@ -519,6 +519,8 @@ class Training:
         wait_for_all()  # whoever was ready first is not charged for the others
         # ------------------------------------ the training loop ----------------------------------
         while clock.progress < 1:
+            # Schedules see where the update begins; the clock moves on only at its end, for the
+            # methods and their reports alike.
             progress, graphs = clock.progress, compilations()
             with clock.charged():
                 # What the methods decide: growth (here and nowhere else), the rate, the rows.

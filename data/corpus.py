@@ -129,6 +129,7 @@ class Masking:
         # of a row can be chosen.
         chosen = smallest(draws + (tokens == SEPARATOR) * (1 << 32), self.predicted_per_row)
         labels = tokens.gather(1, chosen)
+        # A hash of its own for each decision: what is masked says nothing of what becomes of it.
         fate = hash_of(key, 1, positions[:, None], chosen)
         random_token = (hash_of(key, 2, positions[:, None], chosen) * self.vocabulary_size) >> 32
         replacement = torch.where(
@@ -327,6 +328,8 @@ class Corpus:
             mask_share: share of the row's tokens to predict (the study's 0.15).
         """
         objective = self.objective_for(row_length or self.row_length, mask_share or MASK_SHARE)
+        # A shorter row is the beginning of the same one, so a method that changes the length sees
+        # the rows that all others see.
         rows = gather_rows(self.train_tokens, self.row_indices(positions, stream), self.raw_length)
         rows = self.to_device(np.ascontiguousarray(rows[:, : objective.raw_length]))
         positions = self.to_device(np.asarray(positions, dtype=np.int64))
@@ -342,6 +345,7 @@ class Corpus:
     def validation_batches(self, rows_per_batch, process=0, processes=1):
         """This process's validation rows in batches. They are the first of val.bin, corrupted by a
         key that no seed changes: all runs on a corpus are measured on the same."""
+        # Every process has each n-th row: together they have all of them, whatever their number.
         indices = np.arange(process, self.validation_rows, processes)
         for first in range(0, len(indices), rows_per_batch):
             here = indices[first : first + rows_per_batch]
