@@ -1472,7 +1472,7 @@ def test_saving_is_charged_to_nobody(corpus_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(corpus_folder, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(corpus_folder, tmp_path, capsys):
     """By SIGKILL, in the middle of an update; `bench.py kills` does it to every method."""
     script = textwrap.dedent("""
         import os, signal, sys
@@ -1490,6 +1490,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus_folder, tmp_path):
     killed = command("-c", script, *small_run(corpus_folder, tmp_path / "killed", flags))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     train.main([f"--resume={tmp_path / 'killed'}", "--checkpoint_minutes=10"])
+    assert "resumed after update 5" in capsys.readouterr().out
     assert_same_weights(tmp_path / "plain", tmp_path / "killed")
     one, other = log_of(tmp_path / "plain"), log_of(tmp_path / "killed")
     assert [r["update"] for r in other[0]] == list(range(1, 13))
@@ -1517,6 +1518,7 @@ def test_a_signal_saves_and_says_how_to_go_on(corpus_folder, tmp_path, at_update
     moved = shutil.move(tmp_path / "run", tmp_path / "moved")
     other_dtype = "--dtype=fp16" if number == signal.SIGTERM else "--dtype=fp32"
     train.main([f"--resume={moved}", "--micro_batch=2", other_dtype])
+    assert "resumed after update 4" in capsys.readouterr().out
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 
@@ -1981,7 +1983,9 @@ def test_contract_declarations(name):
 
 
 @pytest.mark.parametrize("name, model", EVERY_METHOD)
-def test_contract_trains_and_resumes_bit_for_bit(contract, monkeypatch, at_update, name, model):
+def test_contract_trains_and_resumes_bit_for_bit(
+    contract, monkeypatch, at_update, capsys, name, model
+):
     plain = contract(name, model)
     losses = losses_of(plain)
     assert len(losses) == 12 and np.isfinite(losses).all()
@@ -1994,6 +1998,8 @@ def test_contract_trains_and_resumes_bit_for_bit(contract, monkeypatch, at_updat
         with pytest.raises(Killed):
             contract(name, model, "killed", SAVING)
     killed = contract(name, model, "killed")
+    said = re.findall("resumed after update ([0-9]+)", capsys.readouterr().out)
+    assert said == ["4", "7"]
     message = "a resumed run ends with other weights: is something missing from state_dict?"
     assert_same_weights(plain, killed, message)
     timing = {"charged_seconds", "free_seconds", "spent_seconds", "factor"}
