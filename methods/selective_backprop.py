@@ -34,7 +34,7 @@ def percentiles(losses, history):
     history = np.sort(history)
     below = np.searchsorted(history, losses, "left")
     up_to = np.searchsorted(history, losses, "right")
-    return (below + up_to + (up_to > below)) / (2 * len(history))
+    return (below + up_to + 1) / (2 * len(history))
 
 
 class SelectiveBackprop(Method):
