@@ -71,7 +71,7 @@ def cpu_config(model, size, **flags):
 def random_batch(config, rows):
     """A batch of random tokens with the shapes that `config` trains on."""
     sentinel = config.vocabulary - 1
-    meta = dict(vocabulary_size=config.vocabulary, first_sentinel=sentinel, separator=1)
+    meta = dict(tokenizer_size=config.vocabulary, first_sentinel=sentinel, separator=1)
     objective = OBJECTIVES[config.model](config.row_length, meta)
     shape, generator = (rows, objective.raw_length), torch.Generator().manual_seed(0)
     tokens = torch.randint(5, config.vocabulary - SENTINELS, shape, generator=generator)

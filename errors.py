@@ -19,6 +19,8 @@ OF_THE_FILE_SYSTEM = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 
@@ -46,6 +48,12 @@ def exits_on_user_error(main):
 
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # some are ASCII: what they lack is written as \\u...
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
         try:
             returned = main(*arguments, **keywords)
             sys.stdout.flush()  # or a closed pipe is noticed only at the interpreter's end
@@ -66,7 +74,7 @@ def exits_on_user_error(main):
         except OSError as error:
             if error.errno not in OF_THE_FILE_SYSTEM:
                 raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -38,7 +38,7 @@ from data.prepare import SPECIAL_TOKENS, SentencePieceTokenizer, load_tokenizer
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
 from parallel import print0
-from transformers_folder import load_transformers
+from transformers_folder import load_transformers, weight_files
 
 SEEDS = 2**32  # torch and NumPy take no more
 CLS, SEP = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
@@ -66,11 +66,11 @@ FLAGS = {
     "untrained": Option(False, "start from new weights in place of the run's"),
     **RECIPE_FLAGS,
     "device": Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"),
-    "threads": Option(0, "CPU threads; 0: torch's choice", minimum=0),
+    "threads": Option(0, "CPU threads; 0: torch's choice", minimum=0, maximum=4096),
 }
 
 
-# -- Two kinds of learners, one interface: `encode` a row; `batch`, `loss`, `predictions` ----------
+# -- Two kinds of learners with one interface -----------------------------------------------------
 
 
 def padded(rows, value=0):
@@ -120,6 +120,10 @@ class Classifier(nn.Module):
             "labels": torch.tensor(labels, dtype=torch.float32 if self.is_score else torch.long)
         }
 
+    def scored(self, row):
+        """The row that its prediction is compared with."""
+        return row
+
     def forward(self, batch):  # (B, classes)
         with self.bert.autocast():
             h = self.bert.encode(batch["tokens"], mask=batch["mask"])[:, 0]
@@ -154,6 +158,16 @@ class Writer(nn.Module):
         limit = self.recipe.max_length
         source = self.task.prompt(row, lambda text: len(self.tokenizer.encode(text)) + 1, limit)
         return self.ended(source, limit), self.ended(row.label, self.recipe.target_length)
+
+    def scored(self, row):
+        """With its references as long as an answer can be, as in the study."""
+
+        def cut(text):
+            tokens, most = self.tokenizer.encode(text), self.recipe.target_length - 1
+            return text if len(tokens) <= most else self.tokenizer.decode(tokens[:most])
+
+        references = tuple(map(cut, row.references))
+        return dataclasses.replace(row, label=cut(row.label), references=references)
 
     def batch(self, encoded):
         """`tokens` and `mask` (B, T), `labels` (B, P), -100 at padding."""
@@ -193,14 +207,12 @@ def kind_of(folder):
 
 
 def weights_checksum(folder):
-    """CRC-32 of the file with the weights."""
-    for name in ("model.pt", "model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return zlib.crc32((folder / name).read_bytes())
-    raise UserError(
-        f"{folder}: no weights here (model.pt; of transformers model.safetensors or "
-        "pytorch_model.bin, in one file)"
-    )
+    """CRC-32 of the weights' files."""
+    whole = folder / "model.pt"
+    found = 0
+    for path in [whole] if whole.exists() else weight_files(folder):
+        found = zlib.crc32(path.read_bytes(), found)
+    return found
 
 
 def load_run(folder, dropout, untrained, seed):
@@ -209,6 +221,10 @@ def load_run(folder, dropout, untrained, seed):
     if runs.status(folder) == "finished":
         model = models.load(folder / "model.pt", "cpu", dropout=dropout)
         tokenizer = load_tokenizer(folder)
+        result = runs.read_record(folder / "result.json", {"tokenizer_checksum": int})
+        path = folder / tokenizer.file_name
+        if zlib.crc32(path.read_bytes()) != result["tokenizer_checksum"]:
+            raise UserError(f"{path} is not the tokenizer of this run (its checksum differs)")
     else:
         model = load_transformers(folder, "cpu", dropout=dropout)
         path = folder / "spiece.model"
@@ -216,11 +232,9 @@ def load_run(folder, dropout, untrained, seed):
             tokenizer = SentencePieceTokenizer.load(path)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: no SentencePiece model of T5 ({error})") from None
-    if tokenizer.size != model.config.vocabulary_size:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.size} tokens, its weights "
-            f"{model.config.vocabulary_size}"
-        )
+        if tokenizer.size > model.config.vocabulary_size:
+            sizes = f"{tokenizer.size} tokens, its weights {model.config.vocabulary_size}"
+            raise UserError(f"{folder}: its tokenizer has {sizes}")
     if untrained:
         torch.manual_seed(seed)
         model.initialise()
@@ -277,7 +291,10 @@ def finetune(learner, task, training, evaluated, recipe, seed, device, label):
         return [learner.encode(row) for row in rows]
 
     encoded = encode(training)
-    evaluated = {suffix: (rows, encode(rows)) for suffix, rows in evaluated.items()}
+    evaluated = {
+        suffix: ([learner.scored(row) for row in rows], encode(rows))
+        for suffix, rows in evaluated.items()
+    }
     batch = min(recipe.batch, len(training))
     per_epoch = len(training) // batch  # the last, incomplete batch is dropped, as in the study
     updates, update, epochs = recipe.epochs * per_epoch, 0, []

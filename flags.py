@@ -38,6 +38,8 @@ class Option:
         """Raises UserError for a value outside the limits, not finite, or empty."""
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name}={value}: expected a finite number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"--{name}={str(value)[:9]}...: a number of {len(str(value))} digits")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not self.minimum <= value <= self.maximum:
             raise UserError(f"--{name}={value}: expected a number {self.limits}")

@@ -15,6 +15,7 @@ damaged is named.
 import collections
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -25,6 +26,8 @@ import typing
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 import tasks
 from errors import UserError, exits_on_user_error
@@ -204,16 +207,15 @@ def find_runs(paths):
 
 # -- Statistics ------------------------------------------------------------------------------------
 
-# Student's t for a two-sided 95% interval, by degrees of freedom from 1; beyond the table the next
-# smaller entry, which is safe.
-T_95 = [
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-]  # fmt: skip
 
-
+@functools.cache
 def t_95(degrees):
-    return T_95[min(max(1, math.floor(degrees)), len(T_95)) - 1]
+    """Student's t for a two-sided 95% interval. With t = sqrt(degrees) tan(angle) the density is
+    that of cos(angle)^(degrees - 1), which is summed up here: within 1e-6."""
+    angles = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(angles) ** (degrees - 1)
+    mass = np.cumsum(density[1:] + density[:-1])
+    return degrees**0.5 * math.tan(np.interp(0.95 * mass[-1], mass, angles[1:]))
 
 
 def deviation(values):
@@ -550,6 +552,7 @@ class Figures:
             raise UserError("--figures needs one more package: pip install matplotlib") from None
         matplotlib.use("Agg")
         matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs, the same file
+        matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is one
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.paths = folder, []
         others = sorted(set(labels) - {"baseline"})  # matplotlib has ten colours, then again
@@ -566,7 +569,8 @@ class Figures:
         if axes.lines:
             axes.legend(fontsize=8)
             path = self.folder / f"{name}-{file_name(title)}.svg"
-            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+            with written_whole(path) as file:
+                figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
             self.paths.append(path)
         pyplot.close(figure)
 

@@ -403,7 +403,7 @@ FLAGS = {
     "save": Option(None, "a file: write this machine's probe times as a reference", kind=str),
     "reference": Option(None, "a file of --save: print its factor, too", kind=str),
     "repeats": Option(10, "how often each probe is timed", minimum=1),
-    "threads": Option(0, "CPU threads (0: torch's choice)", minimum=0),
+    "threads": Option(0, "CPU threads (0: torch's choice)", minimum=0, maximum=4096),
     "device": Option("cuda" if torch.cuda.is_available() else "cpu", "what is timed"),
 }
 

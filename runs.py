@@ -54,7 +54,8 @@ def find(name, run_id):
 
 def status(folder):
     """ "new", "interrupted" or "finished"."""
-    if (folder / "result.json").exists():
+    result = folder / "result.json"
+    if result.exists() and result.stat().st_size:  # an empty one was not written here
         return "finished"
     return "interrupted" if (folder / "config.json").exists() else "new"
 
@@ -91,7 +92,9 @@ def written_whole(path):
     leaves the old file, or the new one, never half of one."""
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # a killed process left it; or a link, which would be followed
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -123,6 +126,17 @@ def folder_written_whole(folder):
             old.rename(folder)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def names_file(path):
+    """For a file that grows line by line: what goes wrong in the block is said of this file. (The
+    system names it when it is opened, but not when the disk is full.)"""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def write_json(path, record):

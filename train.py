@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Config:
 
     data: str = setting(None, "a corpus of data/prepare.py (c4 if it is there, else pydocs)")
     vocabulary: int = setting(None, "tokens (8192; tiny bert: 2048; base: 32768, 32128)", minimum=1)
-    row_length: int = setting(None, "tokens read of a row (128; t5 from small: 512)", minimum=1)
+    row_length: int = setting(None, "tokens read of a row (128; t5 from small: 512)", minimum=8)
     holdout: float = setting(0.2, "share of rows that none trains on", minimum=0, maximum=0.99)
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(None, "how many at most (base: 10000, else 1000)", minimum=1)
@@ -92,7 +93,7 @@ class Config:
     reprobe: bool = setting(True, "time the probe again during the run")
     validations: int = setting(4, "how many, evenly over the budget, one at its end", minimum=1)
 
-    batch: int = setting(None, "rows an update", minimum=1)
+    batch: int = setting(None, "rows an update", minimum=1, maximum=2**24)
     lr: float = setting(None, "peak learning rate", minimum=0)
     schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
     beta1: float = setting(None, "decay of the first moment", minimum=0, maximum=0.9999999)
@@ -107,7 +108,7 @@ class Config:
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
     compile: bool = setting(False, "compile the layers one by one, and our own optimizers")
     micro_batch: int = setting(None, "rows a forward pass (8; GPU: bert 128, t5 72)", minimum=1)
-    threads: int = setting(0, "CPU threads (0: torch's choice)", minimum=0)
+    threads: int = setting(0, "CPU threads (0: torch's choice)", minimum=0, maximum=4096)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
     yes: bool = setting(False, "start a plan of over a week")
@@ -157,6 +158,8 @@ def parse(arguments):
     first.add_argument("--resume")
     known, _ = first.parse_known_args(arguments)
     method = known.method
+    if known.resume == "":
+        raise UserError("--resume=: it is empty")
     if known.resume:
         path = Path(known.resume) / "config.json"
         method = runs.read_record(path, {"config": {"method": str}})["config"]["method"]
@@ -199,10 +202,14 @@ def resolve(typed):
     if values["budget_hours"] is not None and values["budget_steps"] is not None:
         raise UserError("--budget_hours and --budget_steps are two budgets; give one")
     device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    rst.check_device(device)
     kind = "cuda" if device.startswith("cuda") else "cpu"
     size = values["size"] or ("base" if kind == "cuda" else "tiny")
     recipe = method.defaults(model, size)
-    defaults = dict(device=device, size=size, dtype="bf16" if kind == "cuda" else "fp32")
+    defaults = dict(device=device, size=size, dtype="fp32")
+    if kind == "cuda":  # before Ampere bf16 is emulated
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        defaults["dtype"] = "bf16" if ampere else "fp16"
     defaults |= {"reference": "this"} | SIZE_DEFAULTS[model][size] | recipe
     if values["budget_steps"] is None:
         defaults["budget_hours"] = 0.05
@@ -221,13 +228,17 @@ def resolve(typed):
 
 
 def check(config):
-    """Refuses values that no run can have, and a device that is not here: of a new run and of a
-    resumed one."""
+    """Refuses values that no run can have, and a device or compiler that is not here: of a new run
+    and of a resumed one."""
+    rst.check_device(config.device)
     options = COMMON | methods.find(config.method).options
     for name, value in (dataclasses.asdict(config) | config.options).items():
         if name in options:
             options[name].check(name, value)
-    rst.check_device(config.device)
+    compilers = ("cc", "gcc", "clang") if config.device != "cpu" else ("c++", "g++", "clang++")
+    if config.compile and not any(map(shutil.which, compilers)):
+        missing = f"--compile: none of {', '.join(compilers)} is here"
+        raise UserError(f"{missing}; install a compiler, or leave the flag out")
 
 
 # -- A run before it runs --------------------------------------------------------------------------
@@ -294,6 +305,8 @@ def resumed(folder, typed):
     """(configuration, config.json) of a run that exists: as it was started, but for the flags that
     may change."""
     types = {name: (option.kind, None) for name, option in COMMON.items()} | {"options": dict}
+    if "out" in typed:
+        raise UserError(f"--out={typed['out']}: the run's folder is that of --resume={folder}")
     stored = runs.read_record(folder / "config.json", runs.CONFIG | {"config": types})
     config = Config(**{name: stored["config"][name] for name in types})
     started = dataclasses.asdict(config) | config.options
@@ -516,6 +529,8 @@ class Training:
             desc=config.method,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
+        if not clock.updates:
+            self.save_checkpoint()  # so that a log without one is noticed
         wait_for_all()  # whoever was ready first is not charged for the others
         # ------------------------------------ the training loop ----------------------------------
         while clock.progress < 1:
@@ -549,7 +564,9 @@ class Training:
                 gradient_norm = torch.nn.utils.get_total_norm(gradients)
                 loss, norm = torch.stack([loss, gradient_norm]).tolist()
                 skipped = scaler.is_enabled() and not math.isfinite(norm)
-                self.refuse_not_finite(loss, 0.0 if skipped else norm)
+                self.refuse_not_finite("the loss", loss, clock.updates + 1)
+                if not skipped:
+                    self.refuse_not_finite("the gradient's norm", norm, clock.updates + 1)
 
                 method.before_step(gradient_norm)
                 scaler.step(optimizer)
@@ -650,7 +667,9 @@ class Training:
         if not is_main():
             yield
             return
-        shutil.copy(self.corpus.folder / self.corpus.meta["tokenizer"], self.folder)
+        tokenizer = self.corpus.folder / self.corpus.meta["tokenizer"]
+        with runs.written_whole(self.folder / tokenizer.name) as copy:  # without its permissions
+            copy.write(tokenizer.read_bytes())
         if not self.clock.updates:  # nothing was kept of an earlier process: these are its flags
             record = {
                 "id": self.planned.id,
@@ -659,20 +678,23 @@ class Training:
                 "reference": dataclasses.asdict(self.planned.reference),
             }
             runs.write_json(self.folder / "config.json", record)
-        with open(self.folder / "log.jsonl", "a") as self.log:
+        # As it is everywhere: the log's length is counted in the checkpoint.
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8", newline="\n") as self.log:
             self.log.truncate(self.counters.log_bytes)
             yield
 
     def write_log(self, **record):
         if is_main():
-            self.counters.log_bytes += self.log.write(json.dumps(record) + "\n")
-            self.log.flush()
+            with runs.names_file(self.log.name):
+                self.counters.log_bytes += self.log.write(json.dumps(record) + "\n")
+                self.log.flush()
 
     def validate(self):
         """Validates, and logs it."""
         config, clock = self.config, self.clock
         with swapped_weights(self.method.evaluation_weights()):
             loss = validate(self.model, self.corpus, config.micro_batch)
+        self.refuse_not_finite("the validation loss", loss, clock.updates)
         self.counters.validation_loss = loss
         self.write_log(
             update=clock.updates,
@@ -685,16 +707,18 @@ class Training:
             f"  {100 * clock.progress:3.0f}%  update {clock.updates:6d}  validation loss {loss:.4f}"
         )
 
-    def refuse_not_finite(self, loss, gradient_norm):
-        """Raises UserError for a loss or a gradient that is not finite, before it does harm."""
-        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+    def refuse_not_finite(self, what, value, update):
+        """Raises UserError, before it does harm."""
+        if not math.isfinite(value):
             raise UserError(
-                f"the loss is {loss} and its gradient's norm {gradient_norm} in update "
-                f"{self.clock.updates + 1}; lower --lr (it is {self.config.lr:g}) or --clip. What "
-                f"was saved before is in {runs.relative_path(self.folder)}"
+                f"{what} is {value} in update {update}; lower --lr (it is {self.config.lr:g}) or "
+                f"--clip. What was saved before is in {runs.relative_path(self.folder)}"
             )
 
+    @torch.no_grad()
     def save_checkpoint(self):
+        norm = torch.nn.utils.get_total_norm(list(self.model.parameters())).item()
+        self.refuse_not_finite("the weights' norm", norm, self.clock.updates)
         if is_main():
             stored = {name: part.state_dict() for name, part in self.parts.items()}
             stored["counters"]["wall_seconds"] = self.wall_seconds()
@@ -704,8 +728,13 @@ class Training:
     def load_checkpoint(self):
         """Puts everything back as it was after the checkpoint's update."""
         path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        if not path.exists():
-            print0("  resumed from the start: the run was stopped before its first checkpoint")
+        if not path.exists():  # it is older than the log's first line
+            if log.exists() and log.stat().st_size:
+                raise UserError(
+                    f"{path} is missing, and without it the updates in {log} are lost; put it "
+                    "back, or start a new run with another --out"
+                )
+            print0("  resumed from the start: the run was stopped before its first update")
             return
         stored = runs.read_tensors(path, ["id", *self.parts], self.config.device)
         if stored["id"] != self.planned.id:
@@ -743,6 +772,7 @@ class Training:
             "skipped_updates": counters.skipped,
             "validation_loss": counters.validation_loss,
             "unigram_entropy": entropy,
+            "tokenizer_checksum": corpus.meta["tokenizer_checksum"],
             "factor_history": clock.factor_history,
             "charged_seconds": clock.spent_seconds,
             "free_seconds": clock.free_seconds,
@@ -808,8 +838,9 @@ class StopSignal:
     if it comes seconds later: torchrun repeats the first one."""
 
     def __enter__(self):
-        self.number, self.time = 0, 0.0
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.number, self.time, numbers = 0, 0.0, (signal.SIGTERM, signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()  # only the main thread is told of signals
         self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 

@@ -94,9 +94,37 @@ def save_transformers(model, folder):
     write_json(folder / "config.json", config | {"dropout_rate": model.config.dropout})
 
 
+def weight_files(folder):
+    """The files with the weights: one, or those that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [folder / name]
+        if index.exists():
+            listed = read_record(index, {"weight_map": dict})["weight_map"].values()
+            return [folder / file for file in sorted(set(listed))]
+    names = "model.pt; of transformers model.safetensors or pytorch_model.bin"
+    raise UserError(f"{folder}: no weights here ({names})")
+
+
+def read_weights(path):
+    """The tensors in one such file, by name."""
+    if path.suffix != ".safetensors":
+        return read_tensors(path, ())
+    load_file = safetensors().load_file
+    from safetensors import SafetensorError
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
 def load_transformers(folder, device="cpu", **changes):
-    """The T5 of such a folder, in evaluation mode; its weights are `model.safetensors` or
-    `pytorch_model.bin`. `changes` replace fields of the configuration."""
+    """The T5 of such a folder, in evaluation mode. `changes` replace fields of the
+    configuration."""
     folder = Path(folder)
     path = folder / "config.json"
     # Its class has defaults for the other fields, as ours has.
@@ -109,6 +137,8 @@ def load_transformers(folder, device="cpu", **changes):
         "feed_forward_proj": stored.get("feed_forward_proj"),
         "tie_word_embeddings": stored.get("scale_decoder_outputs", tied),
         "num_decoder_layers": stored.get("num_decoder_layers", stored["num_layers"]),
+        "layer_norm_epsilon": stored.get("layer_norm_epsilon", 1e-6),
+        "decoder_start_token_id": stored.get("decoder_start_token_id", 0),
     }
     for name, value in found.items():
         expected = stored["num_layers"] if name == "num_decoder_layers" else V1_1[name]
@@ -116,15 +146,16 @@ def load_transformers(folder, device="cpu", **changes):
             raise UserError(f"{path}: {name} is {value!r}; here, as in T5 v1.1, it is {expected!r}")
     known = {ours: stored[theirs] for ours, theirs in FIELDS.items() if theirs in stored}
     model = T5(T5Config(**known | changes))
-    if (folder / "model.safetensors").exists():
-        weights = safetensors().load_file(folder / "model.safetensors")
-    else:
-        weights = read_tensors(folder / "pytorch_model.bin", ())
+    weights = {}
+    for file in weight_files(folder):
+        weights |= read_weights(file)
     if tied:  # as transformers 5 writes it: one matrix is saved if both are the same
         weights.setdefault("lm_head.weight", weights.get("shared.weight"))
     names = transformers_names(range(model.config.n_layers))
     if missing := [theirs for theirs in names.values() if theirs not in weights]:
         raise UserError(f"{folder}: its weights have no {missing[0]}")
+    if more := [name for name in weights if ".block." in name and name not in names.values()]:
+        raise UserError(f"{folder}: its weights have {more[0]}, its config.json has no such layer")
     try:
         model.load_state_dict({ours: weights[theirs].float() for ours, theirs in names.items()})
     except RuntimeError as error:

@@ -42,7 +42,8 @@ SECOND_STREAM = 1
 VALIDATION = 2  # not a stream: a key of its own for the corruption of validation rows
 CHECKED_BLOCKS = 64  # at most this many blocks of a .bin file are read to verify it
 PART = {"documents": int, "tokens": int, "checksums": list}
-META = {"checksum": str, "model": str, "vocabulary_size": int, "separator": int}
+META = {"checksum": str, "model": str, "separator": int}
+META |= {"vocabulary_size": int, "tokenizer_size": int}
 META |= {"first_sentinel": (int, None), "tokenizer": str, "tokenizer_checksum": int}
 META |= {"train": PART, "val": PART}
 
@@ -113,7 +114,7 @@ class Masking:
     """
 
     def __init__(self, row_length, meta, mask_share=MASK_SHARE):
-        self.raw_length, self.vocabulary_size = row_length, meta["vocabulary_size"]
+        self.raw_length, self.tokenizer_size = row_length, meta["tokenizer_size"]
         self.predicted_per_row = max(1, round(mask_share * row_length))
 
     def with_mask_share(self, mask_share, meta):
@@ -131,7 +132,7 @@ class Masking:
         labels = tokens.gather(1, chosen)
         # A hash of its own for each decision: what is masked says nothing of what becomes of it.
         fate = hash_of(key, 1, positions[:, None], chosen)
-        random_token = (hash_of(key, 2, positions[:, None], chosen) * self.vocabulary_size) >> 32
+        random_token = (hash_of(key, 2, positions[:, None], chosen) * self.tokenizer_size) >> 32
         replacement = torch.where(
             fate < int(0.8 * 2**32),
             MASK,

@@ -35,7 +35,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import signal
 import sys
 import sysconfig
@@ -49,6 +48,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import regex  # which tiktoken brings; its classes of characters are tiktoken's, not those of re
 import sentencepiece
 import tiktoken
 from tqdm import tqdm
@@ -67,9 +67,11 @@ SENTINELS = 100  # of T5
 TINY_VOCABULARY = {"bert": 2048, "t5": 8192}
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en"
 C4_SHARDS = 1024
-SUFFIXES = tuple(kind + packed for kind in (".txt", ".json", ".jsonl") for packed in ("", ".gz"))
+KINDS = (".txt", ".json", ".jsonl")
+SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", ".gz"))
 
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
+LINE_BYTES = 16 << 20  # of a line at most
 SAMPLE_FILES = 64  # the tokenizer's sample comes from this many, evenly spaced
 VALIDATION_SHARE = 0.02  # of the text, or less: 10,000 rows of the study, and a margin
 VALIDATION_TOKENS = {"bert": 10_000 * 128 * 1.1, "t5": 10_000 * 568 * 1.1}
@@ -79,24 +81,25 @@ CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
 # -- Tokenizer -------------------------------------------------------------------------------------
 
 # A word with the space before it, a run of punctuation with the space before it, or other white
-# space. The lengths are bounded so that no text can make the merging slow. Python's and tiktoken's
-# regular expressions read this pattern alike.
+# space. The lengths are bounded so that no text can make the merging slow.
 PATTERN = r" ?\w{1,32}| ?[^\w\s]{1,32}|\s{1,32}(?!\S)|\s"
+WORDS = regex.compile(PATTERN)
+MARKED_LATIN = regex.compile(r"(\p{Latin})\p{Mn}+")
 
 
 def normalise(text, uncased):
     """The text that the tokenizer sees. Uncased, as in the study: typewriter quotes (`` and '')
-    become ", accents are stripped (NFD), letters are lower-cased, white space is one space. Unlike
-    the study, characters outside ASCII stay: byte-level BPE can write them."""
+    become ", Latin letters lose their accents, letters are lower-cased, white space is one space.
+    Unlike the study, all other characters stay (byte-level BPE can write them), and their marks:
+    in other scripts these make other letters (Japanese voicing, Indic vowels, Cyrillic i)."""
     if not text.isascii():
         # JSON can hold half a surrogate pair.
         text = text.encode("utf-8", "replace").decode("utf-8")
     if uncased:
         text = text.replace("``", '"').replace("''", '"')
         if not text.isascii():
-            text = "".join(
-                c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)
-            )
+            bare = MARKED_LATIN.sub(r"\1", unicodedata.normalize("NFD", text))
+            text = unicodedata.normalize("NFC", bare)
         text = " ".join(text.lower().split())
     return text
 
@@ -175,7 +178,7 @@ class BPETokenizer:
         """What training needs of some texts: the counts of their words."""
         words = collections.Counter()
         for text in texts:
-            words.update(re.findall(PATTERN, normalise(text, uncased)))
+            words.update(WORDS.findall(normalise(text, uncased)))
         return words
 
     @classmethod
@@ -258,9 +261,12 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            few = "required_chars" in reason  # a writing system of thousands of characters
+            cure = "ask for more" if few else "give it more text, or ask for fewer"
             raise UserError(
-                f"--vocabulary={vocabulary_size}: SentencePiece cannot learn so many pieces "
-                f"({str(error).splitlines()[-1]}); give it more text or ask for fewer"
+                f"--vocabulary={vocabulary_size}: SentencePiece cannot learn that many pieces "
+                f"({reason}); {cure}"
             ) from None
         return cls(written.getvalue())
 
@@ -303,25 +309,51 @@ tokenizer_of_worker = functools.cache(load_tokenizer)  # a worker process loads 
 # -- Sources: each yields blocks (name, number of the first line, lines as bytes) ------------------
 
 
+def kind_of(path):
+    """The one of KINDS that the file's name ends in (in any case, before `.gz`), or ""."""
+    name = Path(path).name.lower().removesuffix(".gz")
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
+
+
 def opened(path):
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
+
+
+@functools.cache
+def say_once(text):
+    """Prints it, in the first of the two passes."""
+    print(text)
+
+
+def file_lines(path):
+    """The lines of a file, as bytes. One that is too long to hold is cut, and that is said."""
+    with opened(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(LINE_BYTES)
+            if not line:
+                return
+            if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+                rest = 0
+                while (piece := file.readline(LINE_BYTES)) and not piece.endswith(b"\n"):
+                    rest += len(piece)
+                rest += len(piece)
+                say_once(f"{path}, line {number}: cut at {LINE_BYTES:,} bytes, {rest:,} left out")
+            yield line
 
 
 def file_blocks(path):
     """The file in blocks of whole documents, about BLOCK_BYTES each."""
     block, size, first = [], 0, 1
-    blank_ends = ".txt" in Path(path).suffixes
+    is_text = kind_of(path) == ".txt"
     try:
-        with opened(path) as file:
-            for number, line in enumerate(file, 1):
-                block.append(line)
-                size += len(line)
-                # Text without any blank line is cut too, or memory would grow with it.
-                if size >= BLOCK_BYTES and (
-                    not blank_ends or not line.strip() or size >= 4 * BLOCK_BYTES
-                ):
-                    yield str(path), first, block
-                    block, size, first = [], 0, number + 1
+        for number, line in enumerate(file_lines(path), 1):
+            block.append(line)
+            size += len(line)
+            # Text without any blank line is cut too, or memory would grow with it.
+            between = not is_text or not line.strip() or size >= 4 * BLOCK_BYTES
+            if size >= BLOCK_BYTES and between:
+                yield str(path), first, block
+                block, size, first = [], 0, number + 1
         if block:
             yield str(path), first, block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -334,11 +366,14 @@ def documents(block):
     """The documents of a block, as strings; a line that cannot be read is named by file and
     number."""
     name, first, lines = block
-    is_text = ".txt" in Path(name).suffixes
+    is_text = kind_of(name) == ".txt"
     paragraph = []
     for number, line in enumerate(lines, first):
+        was_cut = len(line) == LINE_BYTES
         try:
-            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            # A cut may be in the middle of a character.
+            errors = "ignore" if was_cut else "strict"
+            line = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert "
@@ -351,11 +386,8 @@ def documents(block):
                 yield "".join(paragraph)
                 paragraph = []
         elif line.strip():
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
+            text = cut_text(line) if was_cut else text_of(line)
+            if text is None:
                 raise UserError(
                     f'{name}, line {number}: expected a JSON object with a string "text", '
                     f"got {line.strip()[:60]!r}"
@@ -365,15 +397,48 @@ def documents(block):
         yield "".join(paragraph)
 
 
+def text_of(line):
+    """The text of a JSON object, None if it has none."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def cut_text(line):
+    """The same of an object that was cut within its text, perhaps within a character's escape."""
+    endings = (f'{line[: len(line) - less]}"}}' for less in range(12))
+    return next((text for ending in endings if (text := text_of(ending)) is not None), None)
+
+
+def files_below(folder):
+    """Every file below a folder and in the folders that it links to, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()  # a link to where it stands in
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in names)
+
+
 def local_files(pattern):
-    """The files that a path, a folder or a glob names, in the order of their names."""
-    if os.path.isdir(pattern):
-        found = [path for path in sorted(Path(pattern).rglob("*")) if path.name.endswith(SUFFIXES)]
-    else:
-        found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-        for path in found:
-            if not path.name.endswith(SUFFIXES):
-                raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+    """The files that a path, a folder or a glob names, in the order of their names. What a folder
+    has besides is left out, and that is said."""
+    named = Path(pattern).expanduser()
+    places = [named] if named.exists() else map(Path, glob.glob(str(named), recursive=True))
+    found, left_out = [], []
+    for place in sorted(places):
+        if place.is_dir():
+            for path in sorted(files_below(place)):
+                (found if kind_of(path) and path.exists() else left_out).append(path)
+        elif not kind_of(place):
+            raise UserError(f"{place}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        else:
+            found.append(place)
+    if left_out:
+        print(f"left out, of another kind or a link to nothing: {len(left_out)} (as {left_out[0]})")
     if not found:
         raise UserError(
             f"--files={pattern}: no file found (a file, a folder or a quoted glob of "
@@ -582,14 +647,19 @@ def encode_block(block, folder, validation_share):
 def estimated_bytes(path):
     """Bytes of text in the file; of a packed one, estimated from its first megabyte."""
     size = os.path.getsize(path)
-    if not str(path).endswith(".gz"):
+    if not str(path).lower().endswith(".gz"):
         return size
+    with open(path, "rb") as file:
+        packed, text_bytes = io.BytesIO(file.read(1 << 20)), 0
     try:
-        with open(path, "rb") as file:
-            head = file.read(1 << 20)
-        return int(size * len(zlib.decompressobj(31).decompress(head)) / max(1, len(head)))
-    except zlib.error as error:
+        with gzip.open(packed) as text:
+            while text_bytes < 1 << 28 and (piece := text.read(1 << 14)):
+                text_bytes += len(piece)
+    except EOFError:
+        pass  # the megabyte ends in the middle of the data
+    except (zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not gzip data ({error})") from None
+    return int(size * text_bytes / max(1, packed.tell()))
 
 
 def train_tokenizer(pool, files, kind, vocabulary_size, uncased):
@@ -623,9 +693,23 @@ def encode_files(pool, files, folder, model):
                 part["tokens"] += len(encoded[index])
                 part["documents"] += count[index]
                 bar.update(len(encoded[index]))
+    if not parts["val"]["documents"]:  # of few documents the hash may choose none
+        set_last_document_aside(folder, parts)
     for name, part in parts.items():
         part["checksums"] = block_checksums(folder / f"{name}.bin")
     return parts
+
+
+def set_last_document_aside(folder, parts):
+    """Moves the last training document to the validation part."""
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    ends = np.flatnonzero(tokens == tokens[-1]) + 1  # a document ends with the separator
+    if len(ends) < 2:
+        raise UserError("a corpus needs two documents at least, one of them to validate on")
+    for name, part in (("train", tokens[: ends[-2]]), ("val", tokens[ends[-2] :])):
+        part.tofile(folder / f"{name}.bin")
+        parts[name] = {"documents": 1, "tokens": len(part)}
+    parts["train"]["documents"] = len(ends) - 1
 
 
 def block_checksums(path):
@@ -652,6 +736,7 @@ def encode(files, folder, model, vocabulary_size, uncased, source, tokenizer=Non
     meta = {
         "model": model,
         "vocabulary_size": vocabulary_size,
+        "tokenizer_size": tokenizer.size,  # smaller, where the text has fewer words to learn
         "separator": tokenizer.separator,
         "first_sentinel": getattr(tokenizer, "first_sentinel", None),
         "uncased": uncased,
@@ -708,6 +793,8 @@ def prepare(
     tokenizer=None,
 ):
     """Prepares corpus `name` for a model; see the module's docstring. Returns its folder."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"{name!r}: expected a name for a folder in data/")
     if uncased and model == "t5":
         raise UserError("--uncased: T5's text stays as it is (the study); leave the flag out")
     if tokenizer is not None:
