@@ -307,7 +307,8 @@ def run_beside_baseline(own, flags):
             reason = Path(messages.name).read_text()[-500:]
             raise UserError(f"{own} or the baseline beside it failed: {reason}")
         log = Path(folder) / "other" / "log.jsonl"
-        with open(log, "rb+") as file:  # the killed run's last line may be cut short
+        with open(log, "ab+") as file:  # the killed run's last line may be cut short
+            file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         seconds = {
             name: [

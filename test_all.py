@@ -25,6 +25,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ import rst  # sets GOMP_SPINCOUNT, so it must precede torch
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -286,6 +288,138 @@ def test_blocks_are_small_and_lose_nothing(tmp_path, monkeypatch):
     blocks = list(prepare.file_blocks(tmp_path / "a.txt"))
     assert len(blocks) > 5 and max(sum(map(len, lines)) for *_, lines in blocks) < 4000
     assert [text.strip() for block in blocks for text in prepare.documents(block)] == texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_is_too_long_is_cut_and_said(tmp_path, monkeypatch, capsys, name):
+    """In a character, in its escape, in the text of an object."""
+    monkeypatch.setattr(prepare, "LINE_BYTES", 100)
+    long = "é\n" * 300 if "json" in name else "é" * 300
+    texts = ["before", long, "after"]
+    for ascii_only in (True, False):
+        lines = [json.dumps({"text": text, "n": 1}, ensure_ascii=ascii_only) for text in texts]
+        content = "\n".join(lines) if "json" in name else "\n\n".join(texts)
+        for shift in range(3):
+            spaces = " " * shift + "\n" if "json" in name else "x" * shift + "\n\n"
+            with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+                file.write(spaces + content.replace("{", "{" + " " * shift))
+            blocks = prepare.file_blocks(tmp_path / name)
+            found = [text.strip() for block in blocks for text in prepare.documents(block)]
+            cut = found[-2]
+            assert found[-3] == "before" and found[-1] == "after"
+            assert 3 < len(cut) < 100 and long.startswith(cut)
+            prepare.say_once.cache_clear()
+    line = {"a.txt": 5}.get(name, 3)
+    assert f"{name}, line {line}: cut at 100 bytes, " in capsys.readouterr().out
+
+
+def test_files_are_found_through_links_in_any_case_and_what_is_left_out_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    folder, other = tmp_path / "texts", tmp_path / "other"
+    for place in (folder, other):
+        place.mkdir()
+    for path in (folder / "A.JSONL", folder / "a.txt.jsonl", folder / "b [2024].json"):
+        path.write_text('{"text": "one"}\n')
+    (folder / "readme.md").write_text("")
+    (other / "c.TXT").write_text("two")
+    (folder / "linked").symlink_to(other)
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    found = prepare.local_files(str(folder))
+    names = ["A.JSONL", "a.txt.jsonl", "b [2024].json", "c.TXT"]
+    assert [path.name for path in found] == names
+    assert "link to nothing: 2 (as " in capsys.readouterr().out
+    kinds = [prepare.kind_of(path) for path in found]
+    assert kinds == [".jsonl", ".jsonl", ".json", ".txt"]
+    texts = [
+        text
+        for path in found
+        for block in prepare.file_blocks(path)
+        for text in prepare.documents(block)
+    ]
+    assert texts == ["one"] * 3 + ["two"]
+    assert prepare.local_files(str(folder / "b [2024].json")) == [folder / "b [2024].json"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(prepare.local_files("~/texts/*.[jJ]*")) == 3
+
+
+def test_packed_text_is_estimated_from_all_members(tmp_path):
+    lines = [json.dumps({"text": words_text(seed, 100)}).encode() + b"\n" for seed in range(400)]
+    for name, content in (
+        ("members", b"".join(map(gzip.compress, lines))),
+        ("one", gzip.compress(b"".join(lines))),
+        ("long", gzip.compress(b"".join(lines) * 40)),
+    ):
+        (tmp_path / f"{name}.gz").write_bytes(content)
+        size = sum(map(len, lines)) * (40 if name == "long" else 1)
+        assert prepare.estimated_bytes(tmp_path / f"{name}.gz") == pytest.approx(size, rel=0.1)
+
+
+def test_one_document_of_few_is_set_aside(tmp_path):
+    for count in (2, 5):
+        text = "\n\n".join(words_text(seed, 200) for seed in range(count))
+        (tmp_path / "a.txt").write_text(text)
+        folder = prepare.prepare("few", tmp_path / "a.txt", 300, folder=tmp_path / f"of{count}")
+        meta = json.loads((folder / "meta.json").read_text())
+        assert (meta["train"]["documents"], meta["val"]["documents"]) == (count - 1, 1)
+        assert Corpus(folder, row_length=32, holdout=0.0).rows > 3
+        last = np.fromfile(folder / "val.bin", np.uint16)[:-1]
+        found = prepare.load_tokenizer(folder).decode(last.tolist())
+        assert found == text.split("\n\n")[-1]
+    (tmp_path / "a.txt").write_text("only one")
+    with pytest.raises(UserError, match="needs two documents"):
+        prepare.prepare("few", tmp_path / "a.txt", 300, folder=tmp_path / "of1")
+    for name in ("..", "", "a/b", ".hidden"):
+        with pytest.raises(UserError, match="expected a name for a folder"):
+            prepare.prepare(name, tmp_path / "a.txt", 300)
+
+
+def test_both_engines_read_the_pattern_alike():
+    """Training cuts words with regex, encoding with tiktoken. (Of characters that this Python does
+    not know yet they may know different ones.)"""
+    bytes_alone = {bytes([byte]): byte for byte in range(256)}
+    known = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+    for pattern in (r"\w", r"\s", r"[^\w\s]"):
+        encoding = tiktoken.Encoding(
+            "x", pat_str=pattern, mergeable_ranks=bytes_alone, special_tokens={}
+        )
+        mine = prepare.regex.compile(pattern)
+        different = [c for c in known if bool(mine.match(c)) != bool(encoding.encode_ordinary(c))]
+        assert not different, pattern
+
+
+def test_every_script_has_words(tmp_path):
+    """A word that is seen often is one token, whatever its script and its marks."""
+    words = [
+        "hello",
+        "नमस्ते",
+        "வணக்கம்",
+        "নমস্কার",
+        "مُحَمَّد",
+        "สวัสดี",
+        "かぎ",
+        "パンダ",
+        "їжак",
+        "한국어",
+    ]
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{' '.join([word] * 20)} ." for word in words * 3))
+    for uncased in (True, False):
+        folder = tmp_path / str(uncased)
+        prepare.prepare("words", tmp_path / "a.txt", 600, uncased, folder=folder)
+        tokenizer = prepare.load_tokenizer(folder)
+        for word in words:
+            assert len(tokenizer.encode(f". {word} {word}")) == 3, word
+            assert tokenizer.decode(tokenizer.encode(word)) == word
+
+
+def test_random_tokens_are_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(["a few words, again and again " * 9] * 300))
+    folder = prepare.prepare("few", tmp_path / "a.txt", 2048, folder=tmp_path / "few")
+    corpus, size = Corpus(folder, row_length=32), prepare.load_tokenizer(folder).size
+    batch = corpus.batch(np.arange(2000))
+    assert size < 400 and corpus.vocabulary_size == 2048
+    assert size * 0.9 < batch["tokens"].max() < size
 
 
 def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
