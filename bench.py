@@ -278,6 +278,7 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=12):
             own = [*flags, f"--method={method}", f"--budget_steps={updates}"]
             own += COST_FLAGS.get(method, [])
             config = train.resolve(train.parse(own)[0])
+            train.find_corpus(config)  # prepared now, not by both runs
             for name, needed in methods.find(method).prerequisites(config).items():
                 train.ensure_run(name, needed)
             ratios, peaks = zip(*(run_beside_baseline(own, flags) for _ in range(repeats)))
@@ -307,8 +308,7 @@ def run_beside_baseline(own, flags):
             reason = Path(messages.name).read_text()[-500:]
             raise UserError(f"{own} or the baseline beside it failed: {reason}")
         log = Path(folder) / "other" / "log.jsonl"
-        with open(log, "ab+") as file:  # the killed run's last line may be cut short
-            file.seek(0)
+        with open(log, "rb+") as file:  # the killed run's last line may be cut short
             file.truncate(file.read().rfind(b"\n") + 1)
         seconds = {
             name: [

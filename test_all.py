@@ -26,6 +26,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2782,6 +2783,14 @@ def test_token_dropping_of_t5_is_random_ltd(started):
         ("--reference=rtx9", "--reference=rtx9"),
         ("--holdout=1", "--holdout=1.0"),
         ("--resume=nowhere", "nowhere"),
+        ("--resume=", "--resume=: it is empty"),
+        ("--resume=runs/some", "is that of --resume=runs/some"),
+        ("--out=", "--out=: it is empty"),
+        (f"--out={'x' * 300}", "File name too long"),
+        (f"--seed={'9' * 400}", "a number of 400 digits"),
+        (f"--batch={10**11}", f"--batch={10**11}: expected a number from 1 to {2**24}"),
+        ("--threads=3000000000", "expected a number from 0 to 4096"),
+        ("--row_length=3", "--row_length=3: expected a number of at least 8"),
         ("--budget_hours=200 --reference=this", "add --yes"),
         ("--lr=1e30 --budget_steps=9", "the loss is"),
         ("--lr=1e308 --budget_steps=9", "is nan in update"),
@@ -2805,6 +2814,13 @@ def test_a_mistake_is_a_message(corpus_folder, tmp_path, flags, message, capsys)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error, error
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_without_a_compiler(corpus_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        trained(corpus_folder, tmp_path / "run", "--compile")
+    assert "--compile: none of c++, g++, clang++ is here" in capsys.readouterr().err
 
 
 def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
@@ -2868,6 +2884,36 @@ def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
     assert train.main(flags)["updates"] == 2
 
 
+def test_training_in_a_thread(corpus_folder, tmp_path):
+    """Where there are no signals, as in a notebook's or a server's; a read-only corpus."""
+    corpus, done = shutil.copytree(corpus_folder, tmp_path / "corpus"), []
+    for path in corpus.iterdir():
+        path.chmod(0o444)
+    flags = corpus, tmp_path / "run", "--budget_steps=2 --validations=1"
+    thread = threading.Thread(target=lambda: done.append(trained(*flags)))
+    thread.start()
+    thread.join(60)
+    assert done and done[0]["updates"] == 2
+    assert (tmp_path / "run" / "tokenizer.json").stat().st_mode & 0o200
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("whole")
+    (tmp_path / "model.pt.tmp").symlink_to(tmp_path / "precious")
+    write_tensors(tmp_path / "model.pt", {"x": torch.zeros(3)})
+    assert (tmp_path / "precious").read_text() == "whole"
+    assert read_tensors(tmp_path / "model.pt", ["x"])["x"].tolist() == [0, 0, 0]
+
+
+def test_an_ascii_terminal_and_a_dollar_in_a_name(tmp_path):
+    write_run(tmp_path / "run", [4.0, 3.0], config={"data": "a$b$c"})
+    flags = "report.py", tmp_path / "run", f"--figures={tmp_path / 'figures'}"
+    result = command(*flags, env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and r"3.0000 \xb1" in result.stdout, result.stderr
+    (figure,) = (tmp_path / "figures").iterdir()
+    assert figure.read_text().count("a$b$c") == 1
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     write_tensors(path, {"x": torch.zeros(1000)})
@@ -2896,6 +2942,9 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     path.write_bytes(whole)
     with pytest.raises(UserError, match="there is no optimizer in it"):
         read_tensors(path, ["optimizer"])
+    torch.save({"weights": functools.partial(print, "code")}, path)
+    with pytest.raises(UserError, match="damaged, or holds more than plain data$"):
+        read_tensors(path, ["weights"])
 
 
 @pytest.mark.parametrize(
@@ -3470,6 +3519,19 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             superglue.load("cb", data, address)
+    for content, message in (
+        ({"../../evil": b"x"}, "leaves its folder"),
+        ({"/evil": b"x"}, "leaves its folder"),
+        ({"CB/other": b"x"}, "there is no train.jsonl in it"),
+        ({"CB/train.jsonl": b"x" * 1000}, "it unpacks to 1,000 bytes"),
+    ):
+        with zipfile.ZipFile(data / "CB.zip", "w") as file:
+            for name, text in content.items():
+                file.writestr(name, text)
+        monkeypatch.setattr(tasks, "UNPACKED_BYTES", 999)
+        with pytest.raises(UserError, match=message):
+            tasks.fetch_zip("no address", data / "CB", "train.jsonl")
+    (data / "CB.zip").unlink()
     (data / "CB" / "readme").write_text("")
     with pytest.raises(UserError, match="has files in it, but no train.jsonl"):
         superglue.load("cb", data, url)
@@ -3554,17 +3616,81 @@ def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, 
 
 
 def test_only_a_finished_run_is_fine_tuned(finished_runs, tmp_path, capsys):
-    for missing, message in (
-        ("model.pt", "no weights here"),
-        ("*t*", "is not finished; go on with"),
-    ):
-        run = shutil.copytree(
-            finished_runs["bert"], tmp_path / message, ignore=shutil.ignore_patterns(missing)
-        )
-        (run / "config.json").write_bytes((finished_runs["bert"] / "config.json").read_bytes())
+    def refused(run, message):
         with pytest.raises(SystemExit):
             finetune.main([str(run), "--suite=glue"])
         assert message in capsys.readouterr().err
+
+    def copied(name):
+        return shutil.copytree(finished_runs["bert"], tmp_path / name)
+
+    run = copied("no weights")
+    (run / "model.pt").unlink()
+    refused(run, "model.pt: no such file")
+    run = copied("unfinished")
+    (run / "result.json").unlink()
+    refused(run, "is not finished; go on with")
+    run = copied("empty")
+    (run / "result.json").write_text("")
+    refused(run, "is not finished; go on with")
+    run = copied("swapped")
+    tokenizer = json.loads((run / "tokenizer.json").read_text())
+    swapped = tokenizer | {"vocabulary": tokenizer["vocabulary"][::-1]}
+    (run / "tokenizer.json").write_text(json.dumps(swapped))
+    refused(run, "is not the tokenizer of this run (its checksum differs)")
+
+
+def test_references_are_as_long_as_an_answer_can_be(finished_runs):
+    t5, tokenizer = finetune.load_run(finished_runs["t5"], 0.0, False, 0)
+    recipe = dataclasses.replace(sni.RECIPE, target_length=8)
+    learner = finetune.Writer(t5, tokenizer, sni.TASKS["sni"], recipe)
+    long, short = words_text(0, 50), "ab"
+    row = learner.scored(tasks.Row(("x",), long, references=(long, short)))
+    cut = tokenizer.decode(tokenizer.encode(long)[:7])
+    assert row.label == cut != long and row.references == (cut, short)
+
+
+def test_t5_folders_are_read_whole_or_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(3)
+    model, batch, folder = models.T5(T5_SHAPE), t5_batch(3, 20, 5), tmp_path / "t5"
+    transformers_folder.save_transformers(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    whole = (folder / "model.safetensors").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05"),
+        ({"decoder_start_token_id": 3}, "decoder_start_token_id is 3"),
+        ({"num_layers": 2, "num_decoder_layers": 2}, "has no such layer"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            transformers_folder.load_transformers(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    for damaged in (whole[:1000], whole[:8] + b"x" + whole[9:], b""):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
+            transformers_folder.load_transformers(folder)
+    (folder / "model.safetensors").unlink()
+    parts, places = ({}, {}), {}
+    for number, (name, weight) in enumerate(weights.items()):
+        parts[number % 2][name] = weight
+        places[name] = f"part-{number % 2}.safetensors"
+    for number, part in enumerate(parts):
+        save_file(part, folder / f"part-{number}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    loaded = transformers_folder.load_transformers(folder)
+    assert torch.equal(loaded.logits(batch), model.eval().logits(batch))
+    before = finetune.weights_checksum(folder)
+    (folder / "part-1.safetensors").unlink()
+    with pytest.raises(UserError, match="part-1.safetensors: no such file"):
+        transformers_folder.load_transformers(folder)
+    index.unlink()
+    with pytest.raises(UserError, match="no weights here"):
+        finetune.weights_checksum(folder)
+    assert before
 
 
 # -- The report and the study ----------------------------------------------------------------------
@@ -4034,6 +4160,8 @@ def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder)
     again = command(*flags, project=project)
     assert again.returncode == 2 and (log.parent / "result.json").exists()
     assert "1 of 2 runs failed: runs/bert-tiny-fails" in again.stderr
+    nothing = command(*flags, "--launch=true", "--seeds=7", project=project)
+    assert nothing.returncode == 2 and "2 of 2 runs failed" in nothing.stderr
 
 
 # -- The house -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import gzip
@@ -57,7 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from errors import UserError, exits_on_user_error  # noqa: E402
 from flags import Option, Parser  # noqa: E402
-from runs import folder_written_whole, locked, write_json  # noqa: E402
+from runs import folder_written_whole, locked, names_file, write_json  # noqa: E402
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
@@ -528,7 +529,8 @@ def fetch_rest(url, part):
         progress = dict(total=total or None, initial=have, unit="B", unit_scale=True, disable=None)
         with open(part, "ab" if have else "wb") as file, tqdm(desc=part.stem, **progress) as bar:
             while piece := response.read(1 << 20):
-                file.write(piece)
+                with names_file(part):
+                    file.write(piece)
                 bar.update(len(piece))
     return total
 
@@ -546,6 +548,8 @@ def download(url, path, check=check_gzip):
         try:
             total = fetch_rest(url, part)
         except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
             problem = f"{error}"
             if attempt < 4:
                 time.sleep(2**attempt)
@@ -688,8 +692,9 @@ def encode_files(pool, files, folder, model):
             tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None)
         )
         for encoded, count in in_parallel(pool, encode_block, blocks, folder, validation_share):
-            for index, part in enumerate(parts.values()):
-                opened[index].write(encoded[index].tobytes())
+            for index, (name, part) in enumerate(parts.items()):
+                with names_file(folder / f"{name}.bin"):
+                    opened[index].write(encoded[index].tobytes())
                 part["tokens"] += len(encoded[index])
                 part["documents"] += count[index]
                 bar.update(len(encoded[index]))

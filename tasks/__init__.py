@@ -24,7 +24,7 @@ import statistics
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data.prepare import download
 from errors import UserError
@@ -153,6 +153,8 @@ def checksum(rows):
 
 # -- Downloading -----------------------------------------------------------------------------------
 
+UNPACKED_BYTES = 16 << 30  # of an archive at most: the largest suite has a tenth of it
+
 
 def check_published(path, sha256=None):
     """Raises ValueError unless a file has this SHA-256; without one, unless it is a whole zip."""
@@ -190,6 +192,19 @@ def fetch(url, path, folder, sha256=None):
         ) from None
 
 
+def check_archive(file, path):
+    """Raises UserError for a zip file that would write outside its folder, or without an end."""
+    for member in file.infolist():
+        place = PurePosixPath(member.filename.replace("\\", "/"))
+        if place.is_absolute() or ".." in place.parts:
+            raise UserError(f"{path}: {member.filename!r} in it leaves its folder; remove the file")
+    size = sum(member.file_size for member in file.infolist())
+    if size > UNPACKED_BYTES:
+        raise UserError(
+            f"{path}: it unpacks to {size:,} bytes, expected {UNPACKED_BYTES:,} at most"
+        )
+
+
 def fetch_zip(url, folder, needed, sha256=None):
     """Makes `folder` from the top folder of a published zip file, unless it has the file `needed`
     already. One process at a time: `finetune.py` sees to it, where the system has locks."""
@@ -207,11 +222,15 @@ def fetch_zip(url, folder, needed, sha256=None):
     shutil.rmtree(unpacked, ignore_errors=True)  # left by a process that was stopped here
     try:
         with zipfile.ZipFile(archive) as file:
+            check_archive(file, archive)
             file.extractall(unpacked)
         tops = [path for path in unpacked.iterdir() if path.name != "__MACOSX"]
+        top = tops[0] if len(tops) == 1 else unpacked
+        if not (top / needed).exists():
+            raise UserError(f"{archive}: there is no {needed} in it; remove it, and try again")
         if folder.exists():
             folder.rmdir()
-        (tops[0] if len(tops) == 1 else unpacked).rename(folder)
+        top.rename(folder)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink()
