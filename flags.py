@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 
 from errors import UserError
 
@@ -47,7 +48,8 @@ class Option:
             raise UserError(f"--{name}=: it is empty")
 
     def parse(self, name, text):
-        """The value that a text says."""
+        """The value that a text says; ~ at its beginning is the user's folder."""
+        text = os.path.expanduser(text)
         try:
             value = boolean(text) if self.kind is bool else self.kind(text)
         except ValueError:

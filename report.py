@@ -31,7 +31,7 @@ import numpy as np
 
 import tasks
 from errors import UserError, exits_on_user_error
-from flags import Parser
+from flags import Option, Parser
 from runs import CONFIG, NOT_IN_ID, check_record, read_log, read_record, status, written_whole
 
 MISSING = "–"
@@ -690,10 +690,9 @@ def write_csv(path, records):
 def main(arguments=None):
     parser = Parser(description=__doc__, prog="report.py")
     parser.add_argument("runs", nargs="+", help="folders of runs, or folders with runs in them")
-    parser.add_argument(
-        "--csv", metavar="FILE", help="write the table there, too, with unrounded numbers"
-    )
-    parser.add_argument("--figures", metavar="FOLDER", help="draw figures into it (SVG)")
+    csv_help = "a file: write the table there, too, with unrounded numbers"
+    parser.add("csv", Option(None, csv_help, kind=str))
+    parser.add("figures", Option(None, "a folder: draw figures into it (SVG)", kind=str))
     options = parser.parse_args(arguments)
     runs = find_runs(options.runs)
     tables, titles, records = tables_of(runs), titles_of(runs), []

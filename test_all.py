@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -47,6 +48,7 @@ import model as models
 import optimizers
 import parallel
 import report
+import runs
 import study
 import tasks
 import train
@@ -446,6 +448,7 @@ def test_preparing_is_deterministic_and_complete(corpus_folder, tmp_path):
         ("a.jsonl", b'{"text": "fine"}\n{"other": 1}\n', "line 2: expected a JSON object"),
         ("a.jsonl", b'{"text": "fine"}\n[1]\n', "line 2: expected a JSON object"),
         ("a.json", b'{"text": 3}\n', "line 1: expected"),
+        ("a.json", b"[" * 200_000 + b"\n", "line 1: expected"),
         ("a.txt", b"", "no text"),
         (
             "a.txt.gz",
@@ -650,9 +653,12 @@ def test_t5_tokens(t5_folder, corpus_folder, tmp_path):
 
     again = prepared(model="t5", tokenizer=t5_folder / "tokenizer.model")
     assert (again / "train.bin").read_bytes() == (t5_folder / "train.bin").read_bytes()
+    (tmp_path / "han.txt").write_text("\n\n".join(map(chr, range(0x4E00, 0x4E00 + 9000))))
+    with pytest.raises(UserError, match="vs .* ask for more"):
+        prepare.prepare("han", tmp_path / "han.txt", folder=tmp_path / "han", model="t5")
     for options, message in (
         (dict(model="t5", vocabulary_size=1000), "multiple of 128"),
-        (dict(model="t5", vocabulary_size=8192), "cannot learn that many pieces"),
+        (dict(model="t5", vocabulary_size=8192), "too high .* give it more text, or ask for fewer"),
         (dict(model="t5", uncased=True), "stays as it is"),
         (dict(model="t5", tokenizer=corpus_folder / "meta.json"), "not a SentencePiece model"),
         (dict(tokenizer="x"), "--model=t5"),
@@ -2786,6 +2792,7 @@ def test_token_dropping_of_t5_is_random_ltd(started):
         ("--resume=", "--resume=: it is empty"),
         ("--out=", "--out=: it is empty"),
         (f"--out={'x' * 300}", "File name too long"),
+        ("--data=~/nowhere", f"--data={Path.home()}/nowhere: not prepared"),
         (f"--seed={'9' * 400}", "a number of 400 digits"),
         (f"--batch={10**11}", f"--batch={10**11}: expected a number from 1 to {2**24}"),
         ("--threads=3000000000", "expected a number from 0 to 4096"),
@@ -2927,6 +2934,12 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said_of_the_file(tmp_path):
+    with pytest.raises(OSError) as raised, runs.names_file("log.jsonl"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == "log.jsonl"
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):

@@ -151,15 +151,16 @@ COMMON = {
 }
 
 
+RESUME = Option(None, "the folder of a run that was stopped", kind=str)
+
+
 def parse(arguments):
     """The flags that were typed, as a dictionary, and the folder of --resume or None."""
     first = Parser(add_help=False)  # the method decides which options there are
     first.add_argument("--method", default="baseline")
-    first.add_argument("--resume")
+    first.add("resume", RESUME)
     known, _ = first.parse_known_args(arguments)
     method = known.method
-    if known.resume == "":
-        raise UserError("--resume=: it is empty")
     if known.resume:
         path = Path(known.resume) / "config.json"
         method = runs.read_record(path, {"config": {"method": str}})["config"]["method"]
@@ -175,7 +176,7 @@ def parse(arguments):
         prog="train.py",
         epilog=f"methods: {', '.join(methods.names())}; combine them with +",
     )
-    parser.add_argument("--resume", help="the folder of a run that was stopped", metavar="FOLDER")
+    parser.add("resume", RESUME)
     for name, option in COMMON.items():
         if name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[name])
