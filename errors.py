@@ -48,10 +48,8 @@ def exits_on_user_error(main):
 
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # some are ASCII: what they lack is written as \\u...
+        # A terminal may know ASCII only: what it lacks is written as an escape.
+        for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="backslashreplace")
         try:

@@ -66,7 +66,7 @@ FLAGS = {
     "untrained": Option(False, "start from new weights in place of the run's"),
     **RECIPE_FLAGS,
     "device": Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"),
-    "threads": Option(0, "CPU threads; 0: torch's choice", minimum=0, maximum=4096),
+    "threads": rst.THREADS,
 }
 
 

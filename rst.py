@@ -187,6 +187,9 @@ class Probe:
         return (time.perf_counter() - start) * self.full_rows / self.rows
 
 
+THREADS = Option(0, "CPU threads (0: torch's choice)", minimum=0, maximum=4096)
+
+
 def prepare_machine(threads=0):
     """What every program that trains or times does first, so that the probe runs as training does.
     `threads` of the CPU; 0: torch's choice."""
@@ -403,7 +406,7 @@ FLAGS = {
     "save": Option(None, "a file: write this machine's probe times as a reference", kind=str),
     "reference": Option(None, "a file of --save: print its factor, too", kind=str),
     "repeats": Option(10, "how often each probe is timed", minimum=1),
-    "threads": Option(0, "CPU threads (0: torch's choice)", minimum=0, maximum=4096),
+    "threads": THREADS,
     "device": Option("cuda" if torch.cuda.is_available() else "cpu", "what is timed"),
 }
 

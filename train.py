@@ -108,7 +108,7 @@ class Config:
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
     compile: bool = setting(False, "compile the layers one by one, and our own optimizers")
     micro_batch: int = setting(None, "rows a forward pass (8; GPU: bert 128, t5 72)", minimum=1)
-    threads: int = setting(0, "CPU threads (0: torch's choice)", minimum=0, maximum=4096)
+    threads: int = setting(0, rst.THREADS.help, minimum=0, maximum=rst.THREADS.maximum)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
     yes: bool = setting(False, "start a plan of over a week")

@@ -153,7 +153,7 @@ def checksum(rows):
 
 # -- Downloading -----------------------------------------------------------------------------------
 
-UNPACKED_BYTES = 16 << 30  # of an archive at most: the largest suite has a tenth of it
+UNPACKED_BYTES = 16 << 30  # of an archive, at most
 
 
 def check_published(path, sha256=None):
