@@ -2,10 +2,13 @@
 
     python bench.py speed     a training step next to transformers', as share of the matmul peak
     python bench.py generate  T5's greedy generation with its cache and without
-    python bench.py step      every optimizer's step at tiny and small, as a share of an update
+    python bench.py step      every optimizer's step, as a share of an update
     python bench.py costs     an update of every method next to the baseline's, peak memory
     python bench.py load      updates that a budget buys with one thread, two, and on a busy machine
     python bench.py kills     every method, killed at random moments and resumed: the same bits?
+
+With --device=cuda `speed`, `step` and `costs` are those of base on a GPU, compiled and in its
+precision, and `load` compares what an update is charged there and on the CPU.
 
 What is compared is interleaved in one run, because a shared machine's speed changes from minute to
 minute; every time is the median over the repeats (`load` prints every repeat).
@@ -36,22 +39,24 @@ import methods
 import model as models
 import runs
 import train
-from data.corpus import OBJECTIVES
+from data.corpus import OBJECTIVES, to_device
 from data.prepare import SENTINELS
 from errors import UserError, exits_on_user_error
 from flags import Option, Parser
-from methods.baseline import Method
+from methods.baseline import STUDY_MICRO_BATCH, Method
 
 
-def timed(function):
+def timed(function, device="cpu"):
+    rst.synchronise(device)
     start = time.perf_counter()
     function()
+    rst.synchronise(device)
     return time.perf_counter() - start
 
 
-def interleaved(functions, repeats, warm_up=2):
+def interleaved(functions, repeats, device="cpu", warm_up=2):
     """Median seconds of each function, run in turns."""
-    times = [[timed(function) for function in functions] for _ in range(warm_up + repeats)]
+    times = [[timed(function, device) for function in functions] for _ in range(warm_up + repeats)]
     return [statistics.median(column) for column in zip(*times[warm_up:])]
 
 
@@ -64,8 +69,8 @@ def print_header(*cells):
     print(f"|{'---|' * len(cells)}")
 
 
-def cpu_config(model, size, **flags):
-    return train.resolve({"model": model, "size": size, "device": "cpu", **flags})
+def config_of(model, size, device="cpu", **flags):
+    return train.resolve({"model": model, "size": size, "device": device, **flags})
 
 
 def random_batch(config, rows):
@@ -75,7 +80,8 @@ def random_batch(config, rows):
     objective = OBJECTIVES[config.model](config.row_length, meta)
     shape, generator = (rows, objective.raw_length), torch.Generator().manual_seed(0)
     tokens = torch.randint(5, config.vocabulary - SENTINELS, shape, generator=generator)
-    return objective(tokens, torch.arange(rows), key=0)
+    batch = objective(tokens, torch.arange(rows), key=0)
+    return {name: to_device(tensor, config.device) for name, tensor in batch.items()}
 
 
 # -- A training step -------------------------------------------------------------------------------
@@ -96,7 +102,8 @@ def training_step(model, loss, optimizer, clip):
 
 def our_step(config, batch):
     """The baseline's update, and its floating-point operations."""
-    model = models.build(config.model, config.size, config.vocabulary)
+    model = models.build(config.model, config.size, config.vocabulary).to(config.device)
+    model = train.configure(model, config)
     optimizer = Method(model, None, None, config, {}).optimizer()
     rows, predicted = batch["labels"].shape
     step = training_step(model, lambda: model.loss(batch), optimizer, config.clip)
@@ -104,7 +111,8 @@ def our_step(config, batch):
 
 
 def transformers_step(config, batch):
-    """The same of transformers' model of this depth and width, with fused AdamW."""
+    """The same of transformers' model of this depth and width, with fused AdamW; compiled, where
+    ours is."""
     try:
         import transformers
     except ImportError:
@@ -116,9 +124,14 @@ def transformers_step(config, batch):
         if config.model == "bert"
         else transformers_t5(transformers, config, batch)
     )
-    model.train()
+    model.to(config.device).train()
+    if config.compile:
+        model.compile(dynamic=False)
+    dtype = models.DTYPES[config.dtype]
+    device = torch.device(config.device).type
+    autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step = training_step(model, loss, optimizer, config.clip)
+    step = training_step(model, autocast(loss), optimizer, config.clip)
     return step, len(batch["tokens"]) * flops_per_row
 
 
@@ -140,6 +153,10 @@ def transformers_bert(transformers, config, batch):
             attn_implementation="sdpa",
         )
     )
+
+    if config.compile:  # what is called here
+        model.bert.compile(dynamic=False)
+        model.cls.compile(dynamic=False)
 
     def loss():
         h = model.bert(input_ids=batch["tokens"]).last_hidden_state
@@ -178,26 +195,42 @@ def transformers_t5(transformers, config, batch):
     return model, loss, ours.training_flops_per_row(*lengths)
 
 
-def speed(repeats):
-    print(f"training step, fp32, {torch.get_num_threads()} threads, {repeats} interleaved repeats")
-    print_header("model", "size", "micro-batch", "code", "seconds", "share of matmul peak")
-    a, b = torch.randn(2, 2048, 2048)
-    cases = ("bert", "tiny", 32), ("bert", "base", 8), ("t5", "tiny", 16), ("t5", "base", 2)
+CPU_CASES = ("bert", "tiny", 32), ("bert", "small", 16), ("bert", "base", 8)
+CPU_CASES += ("t5", "tiny", 16), ("t5", "small", 4), ("t5", "base", 2)
+
+
+def speed(repeats, device):
+    on_gpu, width = device != "cpu", 2048 if device == "cpu" else 8192
+    cases = [(model, "base", None) for model in models.SIZES] if on_gpu else CPU_CASES
+    print(f"training step, {rst.device_name(device)}, {repeats} interleaved repeats")
+    print_header("model", "size", "micro-batch", "code", "seconds", "share of matmul peak", "GB")
     for model, size, rows in cases:
-        config = cpu_config(model, size, batch=rows)
-        batch = random_batch(config, rows)
+        config = config_of(
+            model, size, device, **(dict(batch=rows, micro_batch=rows) if rows else {})
+        )
+        batch = random_batch(config, config.micro_batch)
         steps = {"ours": our_step(config, batch), "transformers": transformers_step(config, batch)}
-        functions = [lambda: a @ b, *(step for step, _ in steps.values())]
-        peak_seconds, *seconds = interleaved(functions, repeats)
-        peak = 2 * 2048**3 / peak_seconds
-        for (name, (_, flops)), taken in zip(steps.items(), seconds):
-            share = f"{flops / taken / peak:.1%} of {peak / 1e9:.0f} GFLOP/s"
-            print_row(model, size, rows, name, f"{taken:.3f}", share)
+        a, b = torch.randn(2, width, width, device=device, dtype=models.DTYPES[config.dtype])
+        functions = [lambda a=a, b=b: a @ b, *(step for step, _ in steps.values())]
+        peak_seconds, *seconds = interleaved(functions, repeats, device)
+        peak = 2 * width**3 / peak_seconds
+        for (name, (step, flops)), taken in zip(steps.items(), seconds):
+            share = f"{flops / taken / peak:.1%} of {peak / 1e12:.3g} TFLOP/s"
+            memory = f"{memory_of(step, device):.1f}" if on_gpu else "-"
+            print_row(model, size, config.micro_batch, name, f"{taken:.4f}", share, memory)
 
 
-def generation(repeats, tokens=64, rows=16):
+def memory_of(step, device):
+    """GB of a GPU that a step takes beside weights and optimizer."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+
+def generation(repeats, device, tokens=64, rows=16):
     """Greedy generation of T5-tiny with the cache and without; it never ends early here."""
-    config = cpu_config("t5", "tiny")
+    config = config_of("t5", "tiny")
     model, batch = models.build("t5", "tiny", config.vocabulary).eval(), random_batch(config, rows)
     generate = functools.partial(model.generate, batch, tokens, end=-1)
     ways = [functools.partial(generate, use_cache=on) for on in (True, False)]
@@ -217,7 +250,7 @@ def optimizer_step(method, model, config):
     return methods.find(method).start(model, None, None, config, {}).optimizer_in_use.step
 
 
-def optimizer_steps(repeats):
+def optimizer_steps(repeats, device):
     """Each optimizer has its own state; they share the weights and a gradient. In turns with them,
     an update's forward and backward pass of one micro-batch, from which the share of an update
     follows."""
@@ -225,17 +258,19 @@ def optimizer_steps(repeats):
     print_header(
         "model, size", "parameters", "optimizer", "ms a step", "share of an update", "over AdamW"
     )
-    for name, size in itertools.product(models.SIZES, ("tiny", "small")):
-        config = cpu_config(name, size)
-        model = models.build(name, size, config.vocabulary)
-        rows = min(config.batch, 4 if size == "small" else 8)
+    sizes = ("tiny", "small") if device == "cpu" else ("base",)
+    for name, size in itertools.product(models.SIZES, sizes):
+        config = config_of(name, size, device)
+        model = models.build(name, size, config.vocabulary).to(device)
+        model = train.configure(model, config)
+        rows = min(config.batch, {"tiny": 8, "small": 4, "base": config.micro_batch}[size])
         batch, parameters = random_batch(config, rows), list(model.parameters())
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter) * 1e-3
-        plain = dataclasses.replace(config, rms_scaling=False)
+        plain = dataclasses.replace(config, rms_scaling=False, compile=False)
         steps = {"AdamW, fused": optimizer_step("baseline", model, plain)}
         for method in ("baseline", "lion", "sophia", "schedule_free", "muon"):
-            recipe = cpu_config(name, size, method=method)
+            recipe = config_of(name, size, device, method=method, compile=False)
             label = "AdamWScale" if method == "baseline" else method
             if label == "AdamWScale" and not recipe.rms_scaling:
                 continue  # BERT's baseline is fused AdamW
@@ -247,7 +282,7 @@ def optimizer_steps(repeats):
         def forward_backward(model=model, batch=batch, parameters=parameters):
             return torch.autograd.grad(model.loss(batch), parameters)
 
-        *seconds, update = interleaved([*steps.values(), forward_backward], repeats)
+        *seconds, update = interleaved([*steps.values(), forward_backward], repeats, device)
         update *= config.batch / rows
         count = f"{sum(parameter.numel() for parameter in parameters):,}"
         for label, taken in zip(steps, seconds):
@@ -262,17 +297,18 @@ def optimizer_steps(repeats):
 COST_FLAGS = {"stacking": ["--growth_times=0.25,0.5"], "layer_drop": ["--gamma=1000"]}
 
 
-def costs(repeats, chosen=tuple(models.SIZES), updates=12):
-    """Runs of the loop at size small on pydocs, each beside a run of the baseline, both with half
-    of the threads: at the same time on the same machine, so that its other work slows both. What a
-    method needs first stays in runs/."""
-    threads = max(1, torch.get_num_threads() // 2)
+def costs(repeats, device, chosen=tuple(models.SIZES), updates=12):
+    """Runs of the loop on pydocs, each with a run of the baseline. On a CPU at size small, side by
+    side with half of the threads, so that other work on the machine slows both; on a GPU at base,
+    one after the other. What a method needs first stays in runs/."""
+    threads, on_gpu = max(1, torch.get_num_threads() // 2), device != "cpu"
+    size, updates = ("base", 30) if on_gpu else ("small", updates)
     for model in chosen:
-        batch = {"bert": 8, "t5": 2}[model]
-        flags = [f"--model={model}", "--size=small", "--data=pydocs", "--device=cpu", "--yes"]
-        flags += [f"--batch={batch}", f"--micro_batch={batch}", f"--threads={threads}"]
+        batch = STUDY_MICRO_BATCH[model] * 2 if on_gpu else {"bert": 8, "t5": 2}[model]
+        flags = [f"--model={model}", f"--size={size}", "--data=pydocs", f"--device={device}"]
+        flags += [f"--batch={batch}", f"--threads={threads}", "--yes", "--reference=this"]
         flags += ["--validations=1", "--validation_rows=10"]
-        print(f"{model}-small, {batch} rows, {updates} updates, {repeats} times")
+        print(f"{model}-{size}, {batch} rows, {updates} updates, {repeats} times")
         print_header("method", "an update, in the baseline's", "peak memory, GB")
         for method in methods.names():
             own = [*flags, f"--method={method}", f"--budget_steps={updates}"]
@@ -281,9 +317,21 @@ def costs(repeats, chosen=tuple(models.SIZES), updates=12):
             train.find_corpus(config)  # prepared now, not by both runs
             for name, needed in methods.find(method).prerequisites(config).items():
                 train.ensure_run(name, needed)
-            ratios, peaks = zip(*(run_beside_baseline(own, flags) for _ in range(repeats)))
+            compared = run_after_baseline if on_gpu else run_beside_baseline
+            ratios, peaks = zip(*(compared(own, flags) for _ in range(repeats)))
             spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
             print_row(method, f"{statistics.median(ratios):.3f} {spread}", f"{max(peaks):.2f}")
+
+
+def run_after_baseline(own, flags):
+    """As `run_beside_baseline`, one after the other; the memory is the GPU's."""
+    other = [flag for flag in own if not flag.startswith("--method=")]
+    known = [flag for flag in other if flag.partition("=")[0][2:] in train.COMMON]
+    seconds = []
+    for flags in (known, own):
+        result, log = run_to_its_end(flags)
+        seconds.append(statistics.median(line["charged_seconds"] for line in log))
+    return seconds[1] / seconds[0], result["peak_device_bytes"] / 1e9
 
 
 def run_beside_baseline(own, flags):
@@ -338,9 +386,11 @@ def peak_memory(pid):
 # -- Runs on a busy machine, and runs that are killed ----------------------------------------------
 
 
-def load(repeats, chosen=tuple(models.SIZES)):
+def load(repeats, device, chosen=tuple(models.SIZES)):
     """Runs of the tiny models budgeted in the reference's time under four loads, with and without
-    re-probing."""
+    re-probing; with a GPU, what an update of the base models is charged on both devices."""
+    if device != "cpu":
+        return charged_on_both(device, chosen)
     print_header(
         "model, updates within its budget", "re-probing", "1 thread", "2 threads",
         "beside a busy process", "beside it in the first half", "spread",
@@ -354,7 +404,7 @@ def load(repeats, chosen=tuple(models.SIZES)):
             flags = [f"--model={model}", "--size=tiny", "--device=cpu", f"--threads={threads}"]
             flags += [f"--reference={reference}", f"--budget_hours={hours}", f"--reprobe={reprobe}"]
             with beside_a_busy_process(busy, wall / 2):
-                results.append(run_to_its_end([*flags, "--validation_rows=10"]))
+                results.append(run_to_its_end([*flags, "--validation_rows=10"])[0])
             wall = results[-1]["wall_seconds"]
         counts = [result["updates"] for result in results]
         cells = [f"{result['updates']} in {result['wall_seconds']:.0f} s" for result in results]
@@ -379,16 +429,32 @@ def beside_a_busy_process(busy, seconds):
 
 
 def run_to_its_end(flags):
-    """The result of a run with these flags."""
+    """The result of a run with these flags, and its log of updates."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *flags, "--validations=1", f"--out={folder}/run"]
         done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
-        return runs.read_record(Path(folder) / "run" / "result.json")
+        folder = Path(folder) / "run"
+        log = [line for line in runs.read_log(folder) if "loss" in line]
+        return runs.read_record(folder / "result.json"), log
 
 
-def kills(repeats, chosen=tuple(models.SIZES), updates=40):
+def charged_on_both(device, chosen, updates=20):
+    """Seconds of the reference that 20 updates of one of the study's micro-batches are charged."""
+    print_header("model", "reference", "rows", "CPU", rst.device_name(device), "CPU / GPU")
+    for model in chosen:
+        rows, charged = STUDY_MICRO_BATCH[model], []
+        for place, count in (("cpu", 2), (device, updates)):
+            flags = [f"--model={model}", "--size=base", "--data=pydocs", f"--device={place}"]
+            flags += [f"--batch={rows}", f"--budget_steps={count}", "--validation_rows=1"]
+            result, _ = run_to_its_end(flags)
+            charged.append(result["charged_seconds"] * updates / count)
+        cells = [f"{seconds:.4g} s" for seconds in charged] + [f"{charged[0] / charged[1]:.2f}"]
+        print_row(model, result["config"]["reference"], rows, *cells)
+
+
+def kills(repeats, device, chosen=tuple(models.SIZES), updates=40):
     """Every method once to its end, and again, killed `repeats` times (SIGKILL, at any moment from
     its start on) and resumed; a run that ends before is begun anew. Prints the losses and weights
     that differ: there should be none."""
@@ -454,12 +520,17 @@ def main(arguments=None):
     parser.add(
         "model", Option(None, "of costs, load, kills: only this one", tuple(models.SIZES), kind=str)
     )
+    parser.add("device", Option("cpu", "of speed, step, costs, load: cpu or cuda"))
     options = parser.parse_args(arguments)
     function, repeats = BENCHES[options.bench]
+    rst.check_device(options.device)
+    if options.device != "cpu" and function not in (speed, optimizer_steps, costs, load):
+        raise UserError(f"--device={options.device}: {options.bench} is of the CPU")
     if options.model and function not in (costs, load, kills):
         raise UserError(f"--model={options.model}: only costs, load and kills have it")
     rst.prepare_machine()
-    function(options.repeats or repeats, *([(options.model,)] if options.model else []))
+    chosen = [(options.model,)] if options.model else []
+    function(options.repeats or repeats, options.device, *chosen)
 
 
 if __name__ == "__main__":

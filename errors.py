@@ -36,7 +36,7 @@ def explains_out_of_memory(message):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = ("not enough memory", "allocate memory", "out of memory")
+        words = ("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         raise UserError(f"out of memory {message}") from None

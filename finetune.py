@@ -34,6 +34,7 @@ from tqdm import tqdm
 import model as models
 import runs
 import tasks
+from data.corpus import to_device
 from data.prepare import SPECIAL_TOKENS, SentencePieceTokenizer, load_tokenizer
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
@@ -257,7 +258,7 @@ def scheduled_lr(recipe, update, updates):
 
 
 def moved(batch, device):
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
@@ -349,8 +350,9 @@ def recipe_of(suite, typed):
     """The suite's recipe with what was typed over it."""
     changes = {name: typed[name] for name in RECIPE_FLAGS if typed[name] is not None}
     recipe = dataclasses.replace(suite.RECIPE, **changes)
-    fastest = "bf16" if typed["device"].startswith("cuda") else "fp32"
-    return dataclasses.replace(recipe, dtype=recipe.dtype or fastest)
+    low = rst.low_precision(typed["device"])
+    dtype = recipe.dtype or (low if low != "fp16" else "fp32")  # whose losses would need a scale
+    return dataclasses.replace(recipe, dtype=dtype)
 
 
 def seeds_of(text):

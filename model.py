@@ -83,11 +83,26 @@ SIZES = {
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 
 
+def project(x, *linears):
+    """What several linear layers without biases make of the same x, as a list.
+
+    A GPU multiplies by all their matrices as one, because larger products are faster there. On a
+    CPU they are not, and the backward pass would have to copy the gradient of each into one.
+    """
+    if x.device.type == "cpu":
+        return [linear(x) for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    return F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1)
+
+
+def cross_entropy(logits, labels, reduction="mean"):
+    """In nats, (B, P, V) and (B, P) -> 0-dim, or (B * P,) with reduction "none"."""
+    # In fp32, whatever the layers compute in: bf16 has three digits, too few for a sum over V.
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases: softmax(q k^T * scale + bias) v.
-
-    The releases make several of its projections with one matrix; separate matrices are the same
-    function, and spare the backward pass a copy of all their gradients into one.
 
     Args:
         d_model, n_heads, d_head: width, number of heads, width of a head.
@@ -103,19 +118,23 @@ class Attention(nn.Module):
         self.value = nn.Linear(d_model, n_heads * d_head, bias=False)
         self.output = nn.Linear(n_heads * d_head, d_model, bias=False)
 
-    def split(self, x):
-        """(B, T, H * D) -> (B, H, T, D)"""
-        return x.view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+    def heads(self, x, *linears):
+        """What these layers make of x, in heads: (B, T, C) -> a (B, H, T, D) for each."""
+        shape = (*x.shape[:2], self.n_heads, -1)
+        return [y.view(shape).transpose(1, 2) for y in project(x, *linears)]
 
     def keys_values(self, x):
         """What is attended to: (B, T, C) -> two of (B, H, T, D)."""
-        return self.split(self.key(x)), self.split(self.value(x))
+        return self.heads(x, self.key, self.value)
 
     def forward(self, x, keys_values=None, bias=None):
         """(B, T, C) -> (B, T, C), of x to itself, or to `keys_values`. `bias` is added to the
         products and broadcast to (B, H, T, T of the keys)."""
-        k, v = self.keys_values(x) if keys_values is None else keys_values
-        q, dropout = self.split(self.query(x)), self.dropout if self.training else 0.0
+        if keys_values is None:
+            k, v, q = self.heads(x, self.key, self.value, self.query)
+        else:
+            (q,), (k, v) = self.heads(x, self.query), keys_values
+        dropout = self.dropout if self.training else 0.0
         attention = F.scaled_dot_product_attention  # fused: the T x T products are never stored
         if bias is not None and bias.requires_grad and x.device.type == "cpu":
             attention = attention_with_learned_bias
@@ -156,7 +175,8 @@ class GatedFeedForward(nn.Module):
         self.approximate, self.dropout = approximate, nn.Dropout(dropout)
 
     def forward(self, h):  # (B, T, C) -> (B, T, C)
-        h = self.linear(h) * F.gelu(self.gate(h), approximate=self.approximate)
+        h, gate = project(h, self.linear, self.gate)
+        h = h * F.gelu(gate, approximate=self.approximate)
         return self.output(self.dropout(h))
 
 
@@ -164,15 +184,20 @@ class LanguageModel(nn.Module):
     """What the training loop needs of a model; `logits(batch, layers)`, `layers` and `embedding`
     are the subclass's.
 
+    `work_per_token`: how many tokens' work a layer has for each token that is read.
+
     A batch holds `tokens` (B, T) int64, what the model reads; `labels` (B, P) int64, what it is to
     predict, -100 where there is nothing to predict; and what else the model needs.
     """
+
+    work_per_token = 1.0
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.present_layers = list(range(config.n_layers))
         self.autocast_dtype = None  # None: fp32; torch.bfloat16 or torch.float16: autocast
+        self.cross_entropy = cross_entropy  # or a compiled one
 
     def autocast(self):
         """The mixed-precision context of every forward pass."""
@@ -186,25 +211,35 @@ class LanguageModel(nn.Module):
         labels = batch["labels"]
         if per_example:
             return self.token_losses(batch, layers).sum(dim=1) / (labels >= 0).sum(dim=1)
-        # In fp32, whatever the layers compute in: bf16 has three digits, too few for a sum over V.
-        logits = self.logits(batch, layers).flatten(0, 1).float()
-        return F.cross_entropy(logits, labels.flatten())
+        return self.cross_entropy(self.logits(batch, layers), labels)
 
     def token_losses(self, batch, layers=None):
         """Cross-entropy in nats of each predicted token, 0 where there is none: (B, P)."""
         return self.losses_of(self.logits(batch, layers), batch["labels"])
 
-    @staticmethod
-    def losses_of(logits, labels):
+    def losses_of(self, logits, labels):
         """Cross-entropy in nats: (B, P, V), (B, P) -> (B, P)."""
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        return losses.view(labels.shape)
+        return self.cross_entropy(logits, labels, "none").view(labels.shape)
 
-    def compile_layers(self):
-        """Compiles the layers one by one, so that another depth needs no other compilation."""
+    def training_bytes_per_row(self, row_length):
+        """What a row's forward and backward pass takes of a GPU's memory, at most: for each token
+        of each layer 15 bytes (25 in fp32) for every number of both its widths, and 12 for each
+        score of a predicted token. (Measured, not compiled; the tests measure it again.)"""
+        c, numbers = self.config, 25 if self.autocast_dtype is None else 15
+        in_layers = numbers * c.n_layers * (c.d_model + c.d_ff) * row_length * self.work_per_token
+        return in_layers + 12 * c.vocabulary_size * row_length / 4
+
+    def compile_parts(self):
+        """Compiles the layers one by one, so that another depth needs no other compilation, and the
+        loss, which then never stores the logits in fp32. Every shape is compiled for itself."""
+        # Above it torch would silently go on without compiling. A run has about five shapes, one
+        # whose method changes rows some dozens.
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.accumulated_recompile_limit = 4096
         for layer in self.modules():
             if isinstance(layer, (BERTLayer, T5EncoderLayer, T5DecoderLayer)):
-                layer.compile()
+                layer.compile(dynamic=False)
+        self.cross_entropy = torch.compile(cross_entropy, dynamic=False)
 
 
 # -- BERT ------------------------------------------------------------------------------------------
@@ -368,14 +403,15 @@ class T5DecoderLayer(T5EncoderLayer):
             cache: a dictionary of this layer's for generation: keys and values of the positions
                 before h, and of `encoded`.
         """
-        cache = {} if cache is None else cache
-        x = self.attention_norm(h)
-        keys_values = self.attention.keys_values(x)
-        if "self" in cache:
-            pairs = zip(cache["self"], keys_values)
-            keys_values = [torch.cat(pair, dim=2) for pair in pairs]
-        cache["self"] = keys_values
+        x, keys_values = self.attention_norm(h), None
+        if cache is not None:
+            keys_values = self.attention.keys_values(x)
+            if "self" in cache:
+                pairs = zip(cache["self"], keys_values)
+                keys_values = [torch.cat(pair, dim=2) for pair in pairs]
+            cache["self"] = keys_values
         h = h + self.dropout(self.attention(x, keys_values, bias))
+        cache = {} if cache is None else cache
         if "cross" not in cache:
             cache["cross"] = self.cross_attention.keys_values(encoded)
         x = self.cross_attention_norm(h)
@@ -422,6 +458,8 @@ class T5(LanguageModel):
     A batch may also hold `mask` (B, T) bool, True at the tokens that are no padding.
     """
 
+    work_per_token = 1.5  # the decoder's share, with keys and values of the encoder's output
+
     def __init__(self, config):
         super().__init__(config)
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))
@@ -454,8 +492,9 @@ class T5(LanguageModel):
     def position_bias(self, table, queries, keys, bidirectional):
         """What distance adds to the attention products: (1, H, len(queries), len(keys))."""
         buckets = relative_buckets(queries, keys, self.config, bidirectional)
-        # Contiguous, or a GPU's fused attention kernels refuse it.
-        bias = F.embedding(buckets, table).permute(2, 0, 1).contiguous()[None]
+        # A GPU's fused attention kernels refuse it unless its last stride is 1, even of one column.
+        bias = F.embedding(buckets, table).permute(2, 0, 1)
+        bias = bias.clone(memory_format=torch.contiguous_format)[None]
         if not bidirectional:
             bias = bias.masked_fill(keys[None, :] > queries[:, None], float("-inf"))
         return bias
@@ -483,7 +522,8 @@ class T5(LanguageModel):
 
     def finish_encoder(self, h):
         """From the last layer's output to what the decoder attends to: (B, T, C) -> (B, T, C)."""
-        return self.dropout(self.encoder_norm(h))
+        h = self.dropout(self.encoder_norm(h))
+        return h.to(self.autocast_dtype or h.dtype)  # once, not in every layer of the decoder
 
     def encode(self, h, padding=None, layers=None):
         """The encoder's output for embedded tokens: (B, T, C) -> (B, T, C)."""

@@ -91,7 +91,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def call_update(self, weights, gradients, states, lr, weight_decay):
         if self.compile:  # a number would be a constant of the graph
-            lr = torch.tensor(lr, dtype=torch.float32, device=weights[0].device)
+            lr = torch.full((), lr, dtype=torch.float32, device=weights[0].device)
         self.update(weights, gradients, states, lr, weight_decay)
 
     @torch.no_grad()

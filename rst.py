@@ -196,6 +196,8 @@ def prepare_machine(threads=0):
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in the study
+    # It plans half a second for every new shape, and masks have made it return NaN.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Numbers below 1e-38 count as 0: T5's first softmax gradients are full of them, and on a CPU
     # they double the time of its backward pass. Threads started later inherit this, others do not.
     torch.set_flush_denormal(True)
@@ -225,12 +227,19 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
+def low_precision(device):
+    """What a device trains in unless it is told otherwise: "bf16" on a GPU, "fp16" before Ampere,
+    where bf16 is emulated, and "fp32" on a CPU, of which few have units for less."""
+    if torch.device(device).type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
 def fastest_dtype(device):
     """The dtype that this machine trains fastest in. A lower precision must multiply matrices 1.3
     times as fast as fp32 (GPUs and CPUs with bf16 units do), so that noise cannot decide."""
-    candidates = [torch.float32, torch.bfloat16]
-    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        candidates = [torch.float32, torch.float16]  # before Ampere bf16 is emulated
+    low = torch.float16 if low_precision(device) == "fp16" else torch.bfloat16
+    candidates = [torch.float32, low]
     size = 512 if torch.device(device).type == "cpu" else 4096
 
     def seconds(dtype):
@@ -334,13 +343,15 @@ class Clock:
 
     @contextlib.contextmanager
     def charged(self):
-        """One update: what happens in this block is charged, less its free blocks."""
+        """One update: what happens in this block is charged, less its free blocks. Gives a list:
+        what numbers are put into it are, after the block, the largest of all processes."""
         synchronise(self.device)
-        self.free_block_seconds, start = 0.0, time.perf_counter()
-        yield
+        self.free_block_seconds, start, largest = 0.0, time.perf_counter(), []
+        yield largest
         synchronise(self.device)
         mine = [time.perf_counter() - start - self.free_block_seconds, self.free_block_seconds]
-        self.charge(*max_over_processes(mine, self.device))
+        seconds, free_seconds, *largest[:] = max_over_processes(mine + largest, self.device)
+        self.charge(seconds, free_seconds)
 
     def charge(self, seconds, free_seconds):
         """Charges an update of so many seconds here, on the slowest process."""
@@ -400,6 +411,12 @@ def device_name(device):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return f"{platform.machine()} CPU"
+
+
+def peak_memory_bytes(device):
+    """The most memory of a GPU that this process has used; None of a CPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if on_gpu else None
 
 
 FLAGS = {

@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import bench
 import finetune
 import methods
 import model as models
@@ -57,6 +58,7 @@ from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND_STREAM, Corpus, hash_of, permute
 from errors import UserError
+from fake_cuda import fake_cuda
 from methods import (
     baseline,
     layer_drop,
@@ -163,13 +165,14 @@ class Killed(BaseException):
 @pytest.fixture
 def at_update(monkeypatch):
     """at_update({number: function}): calls each function once, at the end of that update."""
-    due, charge = {}, rst.Clock.charge
+    due, report = {}, methods.Combination.report
 
-    def charge_and_call(self, *arguments):
-        due.pop(self.updates + 1, lambda: None)()
-        return charge(self, *arguments)
+    def report_and_call(self):
+        (clock, *_) = (method.clock for method in self.methods.values())
+        due.pop(clock.updates + 1, lambda: None)()
+        return report(self)
 
-    monkeypatch.setattr(rst.Clock, "charge", charge_and_call)
+    monkeypatch.setattr(methods.Combination, "report", report_and_call)
     return due.update
 
 
@@ -1492,16 +1495,75 @@ def test_rows_are_shared_out_over_groups_and_processes(monkeypatch):
     groups = [
         (group, number) for number, group in enumerate(np.array_split(np.arange(100, 123), 4))
     ]
-    shares = []
-    monkeypatch.setattr(parallel, "processes", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(parallel, "process", lambda: rank)
-        parts = parallel.micro_batches(groups, 2)
-        assert all(0 < len(rows) <= 2 for rows, _ in parts)
-        shares += [(number, row) for rows, number in parts for row in rows.tolist()]
-    assert sorted(shares) == [(number, row) for group, number in groups for row in group.tolist()]
-    with pytest.raises(UserError, match="a group of 2 rows cannot be shared out over 3 processes"):
-        parallel.micro_batches([(np.arange(2), 0)], 8)
+
+    def shares(processes, groups):
+        monkeypatch.setattr(parallel, "processes", lambda: processes)
+        for rank in range(processes):
+            monkeypatch.setattr(parallel, "process", lambda: rank)
+            parts = parallel.micro_batches(groups, 2)
+            assert all(0 < len(rows) <= 2 for rows, _ in parts)
+            yield [(number, row) for rows, number in parts for row in rows.tolist()]
+
+    expected = [(number, row) for group, number in groups for row in group.tolist()]
+    for processes in (1, 2, 3, 5, 23):
+        found = list(shares(processes, groups))
+        assert sum(found, []) == expected and max(map(len, found)) - min(map(len, found)) <= 1
+    # As many groups as processes: each has one.
+    even = [(np.arange(8 * number, 8 * number + 8), number) for number in range(4)]
+    assert [{number for number, _ in share} for share in shares(4, even)] == [{0}, {1}, {2}, {3}]
+    with pytest.raises(UserError, match="2 rows cannot be shared out over 3 processes"):
+        list(shares(3, [(np.arange(2), 0)]))
+
+
+def test_gradients_travel_while_the_backward_pass_runs(monkeypatch):
+    """Of two processes, here this one and its equal: sums are twice its own, those of the last
+    layers begin before the first ones have a gradient, and what none used has none."""
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    events, layers = [], nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def all_reduce(tensor, async_op):
+        events.append("sum")
+        return SimpleNamespace(wait=lambda: tensor.mul_(2))
+
+    monkeypatch.setattr(parallel.dist, "all_reduce", all_reduce)
+    layers[0].weight.register_post_accumulate_grad_hook(lambda _: events.append("first layer"))
+    gradients = parallel.Gradients(layers.parameters(), bucket_elements=72)  # a layer
+    x = torch.randn(3, 8)
+
+    def loss(used):
+        return functools.reduce(lambda h, layer: layer(h).tanh(), used, x).square().mean()
+
+    for used in (layers, [layers[0], *layers[2:]]):
+        layers.zero_grad(set_to_none=True)
+        expected = dict.fromkeys(layers.parameters())
+        for layer in used:
+            expected |= dict.fromkeys(layer.parameters(), 0)
+        for _ in range(2):
+            loss(used).backward()
+        expected = {p: p.grad for p in expected}
+        layers.zero_grad(set_to_none=True)
+        events.clear()
+        gradients.start()
+        for is_last in (False, True):
+            gradients.backward(loss(used), is_last)
+        total = gradients.finish(loss(used).detach())
+        assert gradients.read(total) == [pytest.approx(2 * loss(used).item())]
+        for parameter, gradient in expected.items():
+            if gradient is None:
+                assert parameter.grad is None
+            else:
+                torch.testing.assert_close(parameter.grad, 2 * gradient)
+        # Buckets are summed in their order, which is the same everywhere: behind the layer that
+        # none used they have to wait for the end.
+        before_the_first = 3 if used is layers else 2
+        sums = ["sum"] * before_the_first
+        rest = ["sum"] * (5 - before_the_first)
+        assert events == ["first layer", *sums, "first layer", *rest]
+    # A pass between updates is none of theirs.
+    layers.zero_grad(set_to_none=True)
+    events.clear()
+    loss(layers).backward()
+    assert events == ["first layer"]
 
 
 @pytest.mark.slow
@@ -1728,13 +1790,17 @@ def test_sophias_estimate_is_the_gauss_newton_diagonal():
     torch.manual_seed(0)
     inputs, layer = torch.randn(4, 3, 5), nn.Linear(5, 6, bias=False)
     own = dict(parameters=layer.parameters, zero_grad=layer.zero_grad, layers=[])
-    model = SimpleNamespace(logits=lambda batch: layer(batch), **own)
+    own["cross_entropy"] = models.cross_entropy
+    model = SimpleNamespace(logits=lambda batch: layer(batch["x"]), **own)
 
     class Rows:
         position = 0
 
         def uniform(self, *numbers):
             return hash_of(0, *numbers).double() / 2**32
+
+        def to_device(self, array):
+            return torch.from_numpy(array)
 
         def draw(self, count, stream):
             assert stream == SECOND_STREAM
@@ -1747,7 +1813,7 @@ def test_sophias_estimate_is_the_gauss_newton_diagonal():
     method = sophia.Sophia(model, corpus, None, config, {})
     state = {layer.weight: dict(momentum=torch.full((6, 5), 1e-3), hessian=torch.zeros(6, 5))}
     method.combination = SimpleNamespace(
-        inputs=lambda positions, stream: inputs[torch.as_tensor(positions) % 4],
+        inputs=lambda positions, stream: {"x": inputs[torch.as_tensor(positions) % 4]},
         optimizer_in_use=SimpleNamespace(state=state),
     )
 
@@ -2296,9 +2362,10 @@ def test_extra_passes_are_charged_unless_free(corpus_folder, tmp_path, monkeypat
         original = getattr(Method, place)
 
         def wrapper(self, *arguments):
-            seconds[0] += 1
-            of_rhos_model = place == "row_losses" and len(arguments) == 2
-            passes["always free" if of_rhos_model else "extra"] += 1
+            if self.clock.rehearsed_progress is None:  # not to warm up
+                seconds[0] += 1
+                of_rhos_model = place == "row_losses" and len(arguments) == 2
+                passes["always free" if of_rhos_model else "extra"] += 1
             return original(self, *arguments)
 
         return wrapper
@@ -2432,6 +2499,199 @@ def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(
     loss = other[1][-1]["validation_loss"]
     assert train.validate(model, corpus, 6) == pytest.approx(loss, rel=1e-6)
     assert one[1][-1]["validation_loss"] != loss
+
+
+# -- A GPU, or one that is not there ---------------------------------------------------------------
+
+# Where the loop waits for the device: the clock, its numbers, and what some methods read.
+MAY_WAIT = {
+    ("synchronize", "rst.py, synchronise"),
+    ("tolist", "parallel.py, read"),
+    ("tolist", "baseline.py, row_losses"),
+    ("tolist", "rst.py, fingerprint"),
+    ("tolist", "sophia.py, refresh_hessian"),
+    ("item", "train.py, validate"),
+    ("item", "train.py, save_checkpoint"),
+    ("tolist", "finetune.py, predictions"),
+    ("item", "finetune.py, finetune"),
+    ("item", "model.py, generate"),
+}
+
+
+@pytest.fixture
+def on_gpu():
+    """on_gpu(function): calls it where "cuda" is a GPU, or one that is not there, of which every
+    operation is checked."""
+
+    def call(function, may_wait=(), **of_gpu):
+        if torch.version.cuda:
+            if not torch.cuda.is_available():
+                pytest.skip("a CUDA build of torch, and no GPU")
+            return function()
+        with fake_cuda(**of_gpu) as gpu:
+            function()
+        assert set(gpu.waits) <= {*MAY_WAIT, *may_wait}, "waits for the device"
+        assert not gpu.attention["math"], "attention falls back to its slow path"
+        return gpu
+
+    return call
+
+
+@pytest.fixture
+def gpu_run(corpus_folder, t5_folder, tmp_path, monkeypatch):
+    """gpu_run(model, method, *flags): two updates of a base model with fewer layers. Where nothing
+    has values, a model that is needed first is a new one."""
+
+    def run(model, method, *flags):
+        layers = 4 if "dropping" in method else 2
+        monkeypatch.setitem(models.SIZES[model]["base"], "n_layers", layers)
+        if not torch.version.cuda:
+            numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
+            (tmp_path / "result.json").write_text(json.dumps(dict.fromkeys(numbers, 1)))
+            monkeypatch.setattr(train, "ensure_run", lambda *_: tmp_path)
+            monkeypatch.setattr(
+                models, "load", lambda *_: models.build(model, "base", 512).to("cuda")
+            )
+            for place in (models, runs):
+                monkeypatch.setattr(place, "write_tensors", lambda *_: None)
+        folder = corpus_folder if model == "bert" else t5_folder
+        common = "--size=base --vocabulary=512 --device=cuda --budget_steps=2 --validation_rows=8"
+        common += f" --method={method} --model={model} --batch=16 --micro_batch=8 --validations=1"
+        common += " --reference=this" + " --compile=false" * (not torch.version.cuda)
+        out = tmp_path / f"{model}-{method}"
+        train.main([f"--data={folder}", f"--out={out}", *" ".join([common, *flags]).split()])
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, model", EVERY_METHOD)
+def test_every_method_on_a_gpu(on_gpu, gpu_run, name, model):
+    options = {
+        "sophia": "--hessian_interval=1",
+        "token_dropping": "--full_phase=0",
+        "layer_drop": "--rescale --gamma=1000",
+        "length_warmup": "--shortest=0.5",
+        "mask_schedule": "--steps=2",
+        "stacking": "--growth_times=0.5",
+    }
+    on_gpu(lambda: gpu_run(model, name, options.get(name, "")))
+
+
+@pytest.mark.slow
+def test_before_ampere_training_is_in_fp16(on_gpu, gpu_run, tmp_path):
+    old = dict(capability=(7, 5))
+    overflow = [("item", "train.py, loop")]  # the scaler looks for one
+    on_gpu(lambda: gpu_run("bert", "lion"), overflow, **old)
+    on_gpu(lambda: gpu_run("bert", "sophia"), **old)
+    if not torch.version.cuda:
+        for name, dtype in (("lion", "fp16"), ("sophia", "fp32")):
+            stored = json.loads((tmp_path / f"bert-{name}" / "config.json").read_text())["config"]
+            assert stored["dtype"] == dtype
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_a_gpu(on_gpu, corpus_folder, t5_folder, monkeypatch):
+    rows = [tasks.Row((words_text(1, 9), words_text(2, 12)), 1, references=("a",))] * 20
+
+    def tune(kind, folder, suite, task, rows):
+        recipe = dataclasses.replace(suite.RECIPE, epochs=1, batch=8, max_length=32, dtype="bf16")
+        monkeypatch.setitem(models.SIZES[kind]["base"], "n_layers", 2)
+        model = models.build(kind, "base", 512)
+        model.autocast_dtype = torch.bfloat16
+        tokenizer = prepare.load_tokenizer(folder)
+        learner = finetune.KINDS[kind](model, tokenizer, suite.TASKS[task], recipe).to("cuda")
+        finetune.finetune(learner, suite.TASKS[task], rows, {"": rows}, recipe, 0, "cuda", task)
+
+    on_gpu(lambda: tune("bert", corpus_folder, glue, "rte", rows))
+    texts = [dataclasses.replace(row, label="a b") for row in rows]
+    task = next(iter(sni.TASKS))
+    on_gpu(lambda: tune("t5", t5_folder, sni, task, texts))
+
+
+@pytest.mark.skipif(bool(torch.version.cuda), reason="needs a torch without CUDA")
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_the_default_micro_batch_fits_a_gpu(on_gpu, monkeypatch, model):
+    """Measured: the memory that rows take more, next to the estimate; and equal parts of an update
+    that fit."""
+    monkeypatch.setitem(models.SIZES[model], "base", models.SIZES[model]["base"] | {"n_layers": 4})
+    for dtype in ("bf16", "fp32"):
+        flags = {"model": model, "size": "base", "device": "cuda", "dtype": dtype}
+
+        def step(rows):
+            config = train.resolve(flags | {"micro_batch": rows, "compile": False})
+            language_model = models.build(model, "base", config.vocabulary).to("cuda")
+            language_model.autocast_dtype = models.DTYPES[dtype]
+            batch = bench.random_batch(config, rows)
+            batch = {name: tensor.to("cuda", non_blocking=True) for name, tensor in batch.items()}
+            language_model.loss(batch).backward()
+            step.estimate = language_model.training_bytes_per_row(config.row_length)
+
+        small, large = (on_gpu(lambda: step(rows)).peak_bytes for rows in (16, 32))
+        assert 1 < step.estimate / ((large - small) / 16) < 1.4
+    monkeypatch.undo()
+    for memory, processes, expected in (
+        (80 << 30, 1, {"bert": 768, "t5": 72}),
+        (80 << 30, 8, {"bert": 192, "t5": 18}),
+        (24 << 30, 1, {"bert": 192, "t5": 24}),
+        (1 << 30, 1, {"bert": 1, "t5": 1}),
+    ):
+        with fake_cuda(memory_bytes=memory), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(processes))
+            config = train.resolve({"model": model, "device": "cuda"})
+            assert (config.size, config.compile) == ("base", True)
+            assert config.micro_batch == expected[model], (memory, processes)
+
+
+@pytest.mark.skipif(bool(torch.version.cuda), reason="needs a torch without CUDA")
+def test_more_processes_than_gpus(monkeypatch):
+    with fake_cuda():
+        config = train.resolve({"device": "cuda"})
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(UserError, match=r"--device=cuda:1: torch sees 1 GPU\(s\) here"):
+            train.start_processes(config)
+
+
+MISTAKES_ON_A_GPU = {
+    "a tensor of the CPU": "loss * torch.ones(1)",
+    "item": "loss * loss.item()",
+    "tolist": "loss * sum(loss[None].tolist())",
+    "a boolean index": "loss[None][loss[None] > 0].mean()",
+    "a copy that is waited for": "loss * torch.ones(1).to(loss.device)",
+    "no kernel": "loss * batch['tokens'].to(torch.uint16).sum()",
+}
+
+
+@pytest.mark.skipif(bool(torch.version.cuda), reason="needs a torch without CUDA")
+@pytest.mark.parametrize("mistake", MISTAKES_ON_A_GPU)
+def test_a_mistake_on_a_gpu_is_noticed(on_gpu, gpu_run, method_files, mistake):
+    method_files(
+        mistaken=f'''
+        """Paper, idea, cost."""
+        import torch
+        from methods.baseline import Method
+
+        class Mistaken(Method):
+            def loss(self, batch, layers):
+                loss = super().loss(batch, layers)
+                return {MISTAKES_ON_A_GPU[mistake]}
+        '''
+    )
+    noticed = (AssertionError, RuntimeError, NotImplementedError)
+    with pytest.raises((*noticed, torch._subclasses.fake_tensor.DynamicOutputShapeException)):
+        on_gpu(lambda: gpu_run("bert", "mistaken"))
+
+
+@pytest.mark.skipif(bool(torch.version.cuda), reason="needs a torch without CUDA")
+def test_slow_attention_is_noticed(on_gpu, gpu_run, monkeypatch):
+    contiguous = models.T5.position_bias
+
+    def transposed(self, *arguments, **keywords):
+        return contiguous(self, *arguments, **keywords).mT.contiguous().mT
+
+    monkeypatch.setattr(models.T5, "position_bias", transposed)
+    with pytest.raises(AssertionError, match="slow path"):
+        on_gpu(lambda: gpu_run("t5", "baseline"))
 
 
 # -- The newer methods, each next to an independent one --------------------------------------------
@@ -2804,7 +3064,7 @@ def test_token_dropping_of_t5_is_random_ltd(started):
         ("--method=lion --eps=1e-8", "--eps=1e-08: lion divides by nothing"),
         ("--method=rho --holdout=0", "--holdout=0"),
         ("--method=rho --train_on=holdout", "--train_on=holdout: rho compares"),
-        ("--method=sophia --dtype=fp16", "--dtype=fp16: Sophia's Hessian gradients underflow"),
+        ("--method=sophia --dtype=fp16", "--dtype=fp16: sophia trains in fp32 or bf16 only"),
         ("--method=layer_drop --gamma=inf", "--gamma=inf: expected"),
         ("--method=stacking --growth_times=0.5,0.2", "rising numbers"),
         ("--method=stacking --growth_times=soon", "--growth_times=soon: expected shares"),

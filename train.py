@@ -52,8 +52,10 @@ from data.corpus import Corpus, load_meta
 from data.prepare import TINY_VOCABULARY, corpus_folder
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
-from methods.baseline import SCHEDULES
+from methods.baseline import SCHEDULES, rows_at_once
 from parallel import (
+    Gradients,
+    in_parts,
     is_main,
     max_over_processes,
     micro_batches,
@@ -106,8 +108,10 @@ class Config:
 
     device: str = setting(None, "cpu, cuda, cuda:1 (cuda if there is one)")
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
-    compile: bool = setting(False, "compile the layers one by one, and our own optimizers")
-    micro_batch: int = setting(None, "rows a forward pass (8; GPU: bert 128, t5 72)", minimum=1)
+    compile: bool = setting(None, "compile layers, loss and our own optimizers (true on a GPU)")
+    micro_batch: int = setting(
+        None, "rows a forward pass (8; GPU: as its memory allows)", minimum=1
+    )
     threads: int = setting(0, rst.THREADS.help, minimum=0, maximum=rst.THREADS.maximum)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
     out: str = setting(None, "the run's folder (runs/, named after the plan)")
@@ -138,7 +142,7 @@ SIZE_DEFAULTS = {
         "base": dict(vocabulary=32128, row_length=512, validation_rows=10_000, reference="a100"),
     },
 }
-MICRO_BATCH = {"bert": {"cpu": 8, "cuda": 128}, "t5": {"cpu": 8, "cuda": 72}}
+MICRO_BATCH = 8  # on a CPU, where a larger one is no faster
 
 
 # -- Flags -----------------------------------------------------------------------------------------
@@ -207,10 +211,9 @@ def resolve(typed):
     kind = "cuda" if device.startswith("cuda") else "cpu"
     size = values["size"] or ("base" if kind == "cuda" else "tiny")
     recipe = method.defaults(model, size)
-    defaults = dict(device=device, size=size, dtype="fp32")
-    if kind == "cuda":  # before Ampere bf16 is emulated
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        defaults["dtype"] = "bf16" if ampere else "fp16"
+    dtype = rst.low_precision(device)
+    dtype = dtype if method.trains_in(dtype) else "fp32"
+    defaults = dict(device=device, size=size, dtype=dtype, compile=kind == "cuda")
     defaults |= {"reference": "this"} | SIZE_DEFAULTS[model][size] | recipe
     if values["budget_steps"] is None:
         defaults["budget_hours"] = 0.05
@@ -218,7 +221,8 @@ def resolve(typed):
         if values[name] is None:
             values[name] = defaults.get(name)
     if values["micro_batch"] is None:
-        values["micro_batch"] = min(values["batch"], MICRO_BATCH[model][kind])
+        most = MICRO_BATCH if kind == "cpu" else rows_that_fit(values)
+        values["micro_batch"] = min(values["batch"], most)
     if values["data"] is None:
         prepared = corpus_folder("c4", model, values["vocabulary"]) / "meta.json"
         values["data"] = "c4" if prepared.exists() else "pydocs"
@@ -232,14 +236,34 @@ def check(config):
     """Refuses values that no run can have, and a device or compiler that is not here: of a new run
     and of a resumed one."""
     rst.check_device(config.device)
-    options = COMMON | methods.find(config.method).options
+    method = methods.find(config.method)
+    for name, cls in method.classes.items():
+        if config.dtype not in cls.dtypes:
+            known = " or ".join(cls.dtypes)
+            raise UserError(f"--dtype={config.dtype}: {name} trains in {known} only")
+    options = COMMON | method.options
     for name, value in (dataclasses.asdict(config) | config.options).items():
         if name in options:
             options[name].check(name, value)
     compilers = ("cc", "gcc", "clang") if config.device != "cpu" else ("c++", "g++", "clang++")
     if config.compile and not any(map(shutil.which, compilers)):
         missing = f"--compile: none of {', '.join(compilers)} is here"
-        raise UserError(f"{missing}; install a compiler, or leave the flag out")
+        raise UserError(f"{missing}; install a compiler, or say --compile=false")
+
+
+def rows_that_fit(values):
+    """The default --micro_batch on a GPU: an update's rows in equal parts that its memory holds.
+    (Any other gives the same result.)"""
+    with torch.device("meta"):
+        model = models.build(values["model"], values["size"], values["vocabulary"])
+    model.autocast_dtype = models.DTYPES[values["dtype"]]
+    memory = torch.cuda.mem_get_info(values["device"])[1]
+    # fp32 weights, gradients and two moments, and as much again for a second model and averages.
+    free = 0.8 * memory - 2 * 16 * sum(parameter.numel() for parameter in model.parameters())
+    most = max(1, int(free / model.training_bytes_per_row(values["row_length"])))
+    rows = -(-values["batch"] // int(os.environ.get("WORLD_SIZE", 1)))  # of this process
+    parts = -(-rows // most)
+    return -(-rows // parts)
 
 
 # -- A run before it runs --------------------------------------------------------------------------
@@ -455,7 +479,7 @@ def configure(model, config):
     """Sets how a model computes in this run: the precision, and whether layers are compiled."""
     model.autocast_dtype = models.DTYPES[config.dtype]
     if config.compile:
-        model.compile_layers()
+        model.compile_parts()
     return model
 
 
@@ -521,7 +545,7 @@ class Training:
         0."""
         config, model, method, clock = self.config, self.model, self.method, self.clock
         optimizer, scaler, counters = self.optimizer, self.scaler, self.counters
-        stop_signal = 0
+        gradients = Gradients(model.parameters())
         checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
         bar = tqdm(
             total=1.0,
@@ -538,7 +562,7 @@ class Training:
             # Schedules see where the update begins; the clock moves on only at its end, for the
             # methods and their reports alike.
             progress, graphs = clock.progress, compilations()
-            with clock.charged():
+            with clock.charged() as largest:
                 # What the methods decide: growth (here and nowhere else), the rate, the rows.
                 method.begin_update()
                 model.present_layers = method.layers()
@@ -552,18 +576,21 @@ class Training:
                 # nothing. A process has its part of the rows; the sums are in place, so they reach
                 # the parameters.
                 loss = torch.zeros((), device=config.device)
-                for rows, layers in micro_batches(method.groups(positions), config.micro_batch):
-                    part = method.loss(method.inputs(rows), layers) * (len(rows) / len(positions))
-                    scaler.scale(part).backward()
+                parts = micro_batches(method.groups(positions), config.micro_batch)
+                inputs = method.inputs(np.concatenate([rows for rows, _ in parts]))
+                batches = in_parts(inputs, [len(rows) for rows, _ in parts])
+                gradients.start()
+                for batch, (rows, layers) in zip(batches, parts):
+                    part = method.loss(batch, layers) * (len(rows) / len(positions))
+                    gradients.backward(scaler.scale(part), is_last=batch is batches[-1])
                     loss += part.detach()
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                sum_over_processes([loss, *gradients])
+                loss = gradients.finish(loss)
                 scaler.unscale_(optimizer)
 
                 # The only wait for the device: what is not finite must not reach the weights. (But
                 # an overflow in fp16 is ordinary: the step is skipped, and the scale lowered.)
-                gradient_norm = torch.nn.utils.get_total_norm(gradients)
-                loss, norm = torch.stack([loss, gradient_norm]).tolist()
+                gradient_norm = torch.nn.utils.get_total_norm(gradients.tensors())
+                loss, norm = gradients.read(loss, gradient_norm)
                 skipped = scaler.is_enabled() and not math.isfinite(norm)
                 self.refuse_not_finite("the loss", loss, clock.updates + 1)
                 if not skipped:
@@ -576,6 +603,9 @@ class Training:
                 if not skipped:
                     method.after_step()
                 report = method.report()  # of this update: the clock moves on when it ends
+                # Every process stops and saves if one of them is to: in the clock's message.
+                largest += [stop.number, time.perf_counter() >= checkpoint_due]
+            stop_signal, save_now = largest
 
             # From here to the next update nothing is charged.
             counters.rows += len(positions)
@@ -599,8 +629,6 @@ class Training:
             bar.update(clock.progress - bar.n)
             if int(clock.progress * config.validations) > int(progress * config.validations):
                 self.validate()
-            save_now = time.perf_counter() >= checkpoint_due
-            stop_signal, save_now = max_over_processes([stop.number, save_now], config.device)
             if stop_signal or save_now:
                 self.save_checkpoint()
                 checkpoint_due = time.perf_counter() + 60 * config.checkpoint_minutes
@@ -615,6 +643,7 @@ class Training:
             clock.probe_when_due()
         # -----------------------------------------------------------------------------------------
         bar.close()
+        (stop_signal,) = max_over_processes([stop.number], config.device)  # since the last update
         return stop_signal
 
     # Around the loop
@@ -632,21 +661,26 @@ class Training:
         seconds, seen = {}, set()  # seconds of the last pass over so many rows
         for number, time_of_budget in enumerate(times):
             clock.rehearsed_progress = time_of_budget
+            batch = method.inputs(np.arange(min(sizes)))
+            shapes = tuple(tensor.shape for tensor in batch.values())
+            if shapes in seen and number not in (0, len(times) - 1):
+                continue
+            seen.add(shapes)
             for size in sorted(set(sizes)):
                 batch = method.inputs(np.arange(size))
-                shapes = tuple(tensor.shape for tensor in batch.values())
-                if shapes in seen and number not in (0, len(times) - 1):
-                    continue
-                seen.add(shapes)
                 rst.synchronise(config.device)
                 start = time.perf_counter()
                 method.loss(batch, model.present_layers).backward()
                 rst.synchronise(config.device)
                 seconds[size] = time.perf_counter() - start
+            model.zero_grad(set_to_none=True)
+            method.warm_up()
         clock.rehearsed_progress = None
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            model.loss(self.corpus.batch(np.arange(min(config.micro_batch, config.batch))))
+        mine = len(range(process(), self.corpus.validation_rows, processes()))
+        at_once = rows_at_once(config)
+        with torch.no_grad():  # the shapes of validation, its last one, too
+            for rows in {min(mine, at_once), mine % at_once} - {0}:
+                model.loss(self.corpus.batch(np.arange(rows)))
         if config.budget_steps:
             update_seconds = sum(seconds[size] for size in sizes)
             left, how = (config.budget_steps - clock.updates) * update_seconds, "a warm-up step"
@@ -694,7 +728,7 @@ class Training:
         """Validates, and logs it."""
         config, clock = self.config, self.clock
         with swapped_weights(self.method.evaluation_weights()):
-            loss = validate(self.model, self.corpus, config.micro_batch)
+            loss = validate(self.model, self.corpus, rows_at_once(config))
         self.refuse_not_finite("the validation loss", loss, clock.updates)
         self.counters.validation_loss = loss
         self.write_log(
@@ -780,6 +814,7 @@ class Training:
             "stalls": clock.stalls,
             "stall_seconds": clock.stall_seconds,
             "wall_seconds": self.wall_seconds(),
+            "peak_device_bytes": rst.peak_memory_bytes(config.device),
             "prerequisites": finished_runs,
         }
         if is_main():
@@ -861,11 +896,16 @@ class StopSignal:
 
 def start_processes(config):
     """Joins the processes of torchrun, one device each; returns the configuration of this one."""
-    if "LOCAL_RANK" in os.environ:
-        if config.device.startswith("cuda"):
-            config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(config.device)
-        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+    rank, on_gpu = os.environ.get("LOCAL_RANK"), config.device.startswith("cuda")
+    if rank and on_gpu:
+        config = dataclasses.replace(config, device=f"cuda:{rank}")
+        rst.check_device(config.device)  # more processes than GPUs
+    if on_gpu:
+        torch.cuda.set_device(config.device)  # or libraries would also open the first GPU
+    if rank and on_gpu:
+        dist.init_process_group("nccl", device_id=torch.device(config.device))
+    elif rank:
+        dist.init_process_group("gloo")
     rst.prepare_machine(config.threads)
     return config
 

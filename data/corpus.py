@@ -276,7 +276,7 @@ class Corpus:
                 f"{self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
-        self.special_ids = list(range(1, len(SPECIAL_TOKENS)))  # of BERT's rows: all but [PAD]
+        self.special_ids = slice(1, len(SPECIAL_TOKENS))  # of BERT's rows: all but [PAD]
         self.position = [0, 0]  # of each stream: the first position that was not drawn yet
 
     @property
@@ -354,10 +354,7 @@ class Corpus:
             yield self.objective(tokens, self.to_device(here), hash_of(0, VALIDATION))
 
     def to_device(self, array):
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # pinned, so that the copy need not be waited for
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return to_device(torch.from_numpy(array), self.device)
 
     def unigram_entropy(self):
         """Entropy in nats of the labels' frequencies on the validation rows: the loss of a model
@@ -374,6 +371,13 @@ class Corpus:
 
     def load_state_dict(self, state):
         self.position = list(state["position"])
+
+
+def to_device(tensor, device):
+    """A tensor of the CPU on another device, without waiting for the copy."""
+    if torch.device(device).type == "cuda":  # only from pinned memory is it not waited for
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def gather_rows(tokens, indices, row_length):

@@ -89,6 +89,9 @@ class Combination:
                 values |= of_model.get("base", {}) | of_model.get(size, {})
         return values
 
+    def trains_in(self, dtype):
+        return all(dtype in cls.dtypes for cls in self.classes.values())
+
     def prerequisites(self, config):
         runs = {}
         for cls in self.classes.values():
@@ -115,6 +118,10 @@ class Combination:
         for group in self.optimizer_in_use.param_groups:
             group["peak_lr"] = group["lr"]  # the loop sets "lr" to its scheduled share
         return self
+
+    def warm_up(self):
+        for method in self.methods.values():
+            method.warm_up()
 
     def begin_update(self):
         for method in self.methods.values():

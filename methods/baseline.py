@@ -24,8 +24,9 @@ from data.corpus import SECOND_STREAM, TRAINING_STREAM  # noqa: F401 (methods us
 from errors import UserError
 from flags import Option
 from optimizers import AdamWScale, parameter_groups
-from parallel import gather, micro_batches, processes, sum_over_processes
+from parallel import gather, in_parts, micro_batches, processes, sum_over_processes
 
+STUDY_MICRO_BATCH = {"bert": 128, "t5": 72}  # rows
 # What a method declares if it has forward or backward passes that train nothing.
 FREE_PASSES = "leave passes that train nothing uncharged (the study's ablation)"
 FREE_EXTRA_PASSES = {"free_extra_passes": Option(False, FREE_PASSES)}
@@ -38,7 +39,7 @@ class Method:
         options: {flag: Option}, flags of its own, named as variables are.
         defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has
             those of "base" and over them its own; all of them go over the baseline's.
-        models: the models that it is for.
+        models, dtypes: the models that it is for, and the precisions that it trains in.
         turned_off: {model: {option: value}}, all set at once, that train what the baseline trains
             in as many updates, bit for bit, where there are any.
     What it may use:
@@ -83,7 +84,7 @@ class Method:
         },
     }
     # fmt: on
-    models = ("bert", "t5")
+    models, dtypes = ("bert", "t5"), ("fp32", "bf16", "fp16")
     turned_off = {}
 
     def __init__(self, model, corpus, clock, config, finished_models):
@@ -116,17 +117,18 @@ class Method:
     def next_batch(self):
         """Which rows are trained on? An array of stream positions, `--batch` of them or another
         number, at least one a process. (A number that comes later is compiled when it comes, and
-        that is charged: with --compile let it take few values.)"""
+        that is charged: on a GPU let it take few values.)"""
         return self.corpus.draw(self.config.batch)
 
     def groups(self, positions):
-        """Which rows train which layers? [(positions, layers)], every row once, at least one a
-        process in each. Layers that are in none are not updated."""
+        """Which rows train which layers? [(positions, layers)], every row once. Layers that are in
+        none are not updated."""
         return [(positions, self.model.present_layers)]
 
     def inputs(self, positions, stream=TRAINING_STREAM):
-        """What does the model read of these rows? A batch, of one shape in all of an update. (The
-        shapes that it has at any time of the budget are compiled before the run.)"""
+        """What does the model read of these rows (all that this process trains on in an update)? A
+        batch: a dictionary of tensors, each with its rows first. (The shapes that it has at any
+        time of the budget are compiled before the run.)"""
         return self.corpus.batch(positions, stream)
 
     def loss(self, batch, layers):
@@ -151,6 +153,10 @@ class Method:
         return {}
 
     # -- Called for every method of a combination --------------------------------------------------
+
+    def warm_up(self):
+        """Which passes does the method make beside `loss`? One of each on rows of no account, so
+        that its compilation is not charged. (Called before the first update, more than once.)"""
 
     def begin_update(self):
         """An update begins. The only place where a model may grow."""
@@ -188,15 +194,20 @@ class Method:
         is_free = self.config.options.get("free_extra_passes")
         return self.clock.free() if is_free else contextlib.nullcontext()
 
+    def batches(self, positions, stream, rows_of_each):
+        """This process's share of these rows of a stream: [(positions, batch)]."""
+        parts = [rows for rows, _ in micro_batches([(positions, None)], rows_of_each)]
+        inputs = self.combination.inputs(np.concatenate(parts), stream)
+        return list(zip(parts, in_parts(inputs, list(map(len, parts)))))
+
     def row_losses(self, positions, model=None):
         """The mean loss of each row, by the model's loss (not the hook `loss`) and as `inputs`
         makes it, with all the layers that the model (or another one) has: a float64 array, the same
         on all processes. All of them must call it."""
         model = model or self.model
-        parts = micro_batches([(positions, None)], self.config.micro_batch)
         with torch.no_grad():
-            batches = (self.combination.inputs(rows) for rows, _ in parts)
-            mine = torch.cat([model.loss(batch, per_example=True) for batch in batches]).tolist()
+            batches = self.batches(positions, TRAINING_STREAM, rows_at_once(self.config))
+            mine = torch.cat([model.loss(batch, per_example=True) for _, batch in batches]).tolist()
         shares = [len(share) for share in np.array_split(positions, processes())]
         padded = mine + [0.0] * (max(shares) - len(mine))
         everyone = gather(padded, self.config.device)
@@ -212,14 +223,19 @@ class Method:
         """{parameter: gradient}, over these rows of a stream, of the mean of `loss(batch, rows)`.
         Takes `parameter.grad` meanwhile, which is None between updates. All processes must call
         it."""
-        for rows, _ in micro_batches([(positions, None)], self.config.micro_batch):
-            batch = self.combination.inputs(rows, stream)
+        for rows, batch in self.batches(positions, stream, self.config.micro_batch):
             (loss(batch, rows) * (len(rows) / len(positions))).backward()
         used = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         gradients = {parameter: parameter.grad for parameter in used}
         self.model.zero_grad(set_to_none=True)
         sum_over_processes(list(gradients.values()))
         return gradients
+
+
+def rows_at_once(config):
+    """Rows of a pass without gradients: a micro-batch, but not more than the study's, which fills a
+    GPU. (Each remainder is a shape of its own, and compiled; small parts leave fewer.)"""
+    return min(config.micro_batch, STUDY_MICRO_BATCH[config.model])
 
 
 def one_cycle(progress):

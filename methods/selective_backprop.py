@@ -21,9 +21,18 @@ original's history has 1,024 losses, its exponent is 3, and it selects nothing i
 over the data; as in the study there is no such phase, because a run sees its data less than once.
 """
 
+import math
+
 import numpy as np
 
-from methods.baseline import FREE_EXTRA_PASSES, Method, Option
+from methods.baseline import (
+    FREE_EXTRA_PASSES,
+    STUDY_MICRO_BATCH,
+    Method,
+    Option,
+    processes,
+    rows_at_once,
+)
 
 ACCEPTANCE = 0x5E1EC7  # id of this random stream
 
@@ -46,7 +55,9 @@ class SelectiveBackprop(Method):
             5000, "losses that a loss is ranked among (smaller models: fewer)", minimum=1
         ),
         "selection_batch": Option(
-            128, "candidates that are scored together, at most a batch (t5: 72)", minimum=1
+            STUDY_MICRO_BATCH["bert"],
+            "candidates that are ranked together, at most a batch (t5: 72)",
+            minimum=1,
         ),
         **FREE_EXTRA_PASSES,
     }
@@ -56,7 +67,7 @@ class SelectiveBackprop(Method):
     defaults = {
         "bert": {"small": dict(loss_history=104), "tiny": dict(loss_history=26)},
         "t5": {
-            "base": dict(selection_batch=72),
+            "base": dict(selection_batch=STUDY_MICRO_BATCH["t5"]),
             "small": dict(loss_history=555),
             "tiny": dict(loss_history=278),
         },
@@ -68,23 +79,35 @@ class SelectiveBackprop(Method):
         self.history, self.waiting = np.empty(0), np.empty(0, np.int64)  # losses; stream positions
         self.candidates, self.accepted = 0, 0  # of the last update
 
+    def warm_up(self):
+        self.row_losses(np.arange(rows_at_once(self.config) * processes()))
+
     def next_batch(self):
         options, batch = self.config.options, self.config.batch
         self.candidates = self.accepted = 0
         while len(self.waiting) < batch:
-            positions = self.corpus.draw(min(options["selection_batch"], batch))
+            # So many groups are needed whatever their losses are: they are scored together.
+            size = min(options["selection_batch"], batch)
+            groups = math.ceil((batch - len(self.waiting)) / size)
+            positions = self.corpus.draw(groups * size)
             with self.extra_pass():
                 losses = self.row_losses(positions)
-            # A loss is always ranked among its group.
-            kept = max(options["loss_history"], len(losses))
-            self.history = np.concatenate([self.history, losses])[-kept:]
-            probability = percentiles(losses, self.history) ** options["beta"]
-            accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]
-            self.waiting = np.concatenate([self.waiting, accepted])
-            self.candidates += len(positions)
-            self.accepted += len(accepted)
+            for start in range(0, len(positions), size):
+                self.select(positions[start : start + size], losses[start : start + size])
         chosen, self.waiting = np.split(self.waiting, [batch])
         return chosen
+
+    def select(self, positions, losses):
+        """Lets some rows of a group wait for training."""
+        options = self.config.options
+        # A loss is always ranked among its group.
+        kept = max(options["loss_history"], len(losses))
+        self.history = np.concatenate([self.history, losses])[-kept:]
+        probability = percentiles(losses, self.history) ** options["beta"]
+        accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]
+        self.waiting = np.concatenate([self.waiting, accepted])
+        self.candidates += len(positions)
+        self.accepted += len(accepted)
 
     def report(self):
         drawn = {"candidates": self.candidates, "accepted": self.accepted}

@@ -23,17 +23,17 @@ tokens. Only rho times that scale matters, so the study's rho of 0.01 stands for
 14,592 = 0.13 of ours in BERT (19 labels in each of 768 rows) and 0.01 x 5,120 / 16,416 = 0.0031 in
 T5; the default is the published 0.05. The log's win rate (the share of weights whose step is not
 clipped) should lie between 0.1 and 0.5. The passes take rows from a stream of their own. T5's step
-is scaled with each tensor's RMS, its decay is not. fp16, in which the study's runs ended in NaN, is
-refused.
+is scaled with each tensor's RMS, its decay is not. fp16, in which Hessian gradients underflow (the
+study's runs ended in NaN), is refused.
 """
 
 import functools
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from errors import UserError
-from methods.baseline import FREE_EXTRA_PASSES, SECOND_STREAM, Method, Option
+from methods.baseline import FREE_EXTRA_PASSES, SECOND_STREAM, Method, Option, processes
 from optimizers import RuleOptimizer, parameter_groups
 
 LABELS = 0x50F1A  # id of this random stream
@@ -77,6 +77,7 @@ class Sophia(Method):
         "hessian_clip": Option(1.0, "limit of the norm of its gradient (0: none)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }
+    dtypes = ("fp32", "bf16")
     recipe = dict(beta1=0.965, beta2=0.99, eps=1e-15)
     defaults = {
         "bert": {"base": dict(lr=4e-4, weight_decay=0.015, **recipe), "tiny": dict(lr=2.5e-4)},
@@ -91,12 +92,14 @@ class Sophia(Method):
 
     def optimizer(self):
         config, clip_threshold = self.config, self.config.options["clip_threshold"]
-        if config.dtype == "fp16":
-            raise UserError("--dtype=fp16: Sophia's Hessian gradients underflow; use bf16 or fp32")
         constants = dict(beta1=config.beta1, clip_threshold=clip_threshold, eps=config.eps)
         rule = functools.partial(sophia_update, **constants)
         groups = parameter_groups(self.model, config.weight_decay)
         return RuleOptimizer(groups, config.lr, rule, new_state, config.rms_scaling, config.compile)
+
+    def warm_up(self):
+        rows = min(self.rows, self.config.micro_batch * processes())
+        self.mean_gradients(np.arange(rows), SECOND_STREAM, self.sampled_loss)
 
     def after_step(self):
         self.updates, self.win_rate = self.updates + 1, None
@@ -108,10 +111,10 @@ class Sophia(Method):
         """Mean cross-entropy to labels that are drawn from the model's own predictions."""
         logits = self.model.logits(batch)
         columns = torch.arange(logits.shape[1], device=logits.device)
-        positions = torch.from_numpy(rows).to(logits.device)[:, None]
+        positions = self.corpus.to_device(rows)[:, None]
         labels = sample_labels(logits.detach(), self.corpus.uniform(LABELS, positions, columns))
         self.label_tokens = self.rows * labels.shape[1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return self.model.cross_entropy(logits, labels)
 
     @torch.no_grad()
     def refresh_hessian(self):
