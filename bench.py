@@ -126,7 +126,8 @@ def transformers_step(config, batch):
     )
     model.to(config.device).train()
     if config.compile:
-        model.compile(dynamic=False)
+        for part in (model, *model.children()):  # of BERT's the parts are called
+            part.compile(dynamic=False)
     dtype = models.DTYPES[config.dtype]
     device = torch.device(config.device).type
     autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
@@ -153,10 +154,6 @@ def transformers_bert(transformers, config, batch):
             attn_implementation="sdpa",
         )
     )
-
-    if config.compile:  # what is called here
-        model.bert.compile(dynamic=False)
-        model.cls.compile(dynamic=False)
 
     def loss():
         h = model.bert(input_ids=batch["tokens"]).last_hidden_state
@@ -228,7 +225,7 @@ def memory_of(step, device):
     return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
-def generation(repeats, device, tokens=64, rows=16):
+def generation(repeats, tokens=64, rows=16):
     """Greedy generation of T5-tiny with the cache and without; it never ends early here."""
     config = config_of("t5", "tiny")
     model, batch = models.build("t5", "tiny", config.vocabulary).eval(), random_batch(config, rows)
@@ -307,12 +304,11 @@ def costs(repeats, device, chosen=tuple(models.SIZES), updates=12):
         batch = STUDY_MICRO_BATCH[model] * 2 if on_gpu else {"bert": 8, "t5": 2}[model]
         flags = [f"--model={model}", f"--size={size}", "--data=pydocs", f"--device={device}"]
         flags += [f"--batch={batch}", f"--threads={threads}", "--yes", "--reference=this"]
-        flags += ["--validations=1", "--validation_rows=10"]
+        flags += ["--validations=1", "--validation_rows=10", f"--budget_steps={updates}"]
         print(f"{model}-{size}, {batch} rows, {updates} updates, {repeats} times")
         print_header("method", "an update, in the baseline's", "peak memory, GB")
         for method in methods.names():
-            own = [*flags, f"--method={method}", f"--budget_steps={updates}"]
-            own += COST_FLAGS.get(method, [])
+            own = [*flags, f"--method={method}", *COST_FLAGS.get(method, [])]
             config = train.resolve(train.parse(own)[0])
             train.find_corpus(config)  # prepared now, not by both runs
             for name, needed in methods.find(method).prerequisites(config).items():
@@ -325,11 +321,9 @@ def costs(repeats, device, chosen=tuple(models.SIZES), updates=12):
 
 def run_after_baseline(own, flags):
     """As `run_beside_baseline`, one after the other; the memory is the GPU's."""
-    other = [flag for flag in own if not flag.startswith("--method=")]
-    known = [flag for flag in other if flag.partition("=")[0][2:] in train.COMMON]
     seconds = []
-    for flags in (known, own):
-        result, log = run_to_its_end(flags)
+    for command in (flags, own):
+        result, log = run_to_its_end(command)
         seconds.append(statistics.median(line["charged_seconds"] for line in log))
     return seconds[1] / seconds[0], result["peak_device_bytes"] / 1e9
 
@@ -454,7 +448,7 @@ def charged_on_both(device, chosen, updates=20):
         print_row(model, result["config"]["reference"], rows, *cells)
 
 
-def kills(repeats, device, chosen=tuple(models.SIZES), updates=40):
+def kills(repeats, chosen=tuple(models.SIZES), updates=40):
     """Every method once to its end, and again, killed `repeats` times (SIGKILL, at any moment from
     its start on) and resumed; a run that ends before is begun anew. Prints the losses and weights
     that differ: there should be none."""
@@ -524,13 +518,15 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     function, repeats = BENCHES[options.bench]
     rst.check_device(options.device)
-    if options.device != "cpu" and function not in (speed, optimizer_steps, costs, load):
+    has_device = function in (speed, optimizer_steps, costs, load)
+    if options.device != "cpu" and not has_device:
         raise UserError(f"--device={options.device}: {options.bench} is of the CPU")
     if options.model and function not in (costs, load, kills):
         raise UserError(f"--model={options.model}: only costs, load and kills have it")
     rst.prepare_machine()
-    chosen = [(options.model,)] if options.model else []
-    function(options.repeats or repeats, options.device, *chosen)
+    keywords = {"device": options.device} if has_device else {}
+    keywords |= {"chosen": (options.model,)} if options.model else {}
+    function(options.repeats or repeats, **keywords)
 
 
 if __name__ == "__main__":

@@ -222,16 +222,16 @@ class LanguageModel(nn.Module):
         return self.cross_entropy(logits, labels, "none").view(labels.shape)
 
     def training_bytes_per_row(self, row_length):
-        """What a row's forward and backward pass takes of a GPU's memory, at most: for each token
-        of each layer 15 bytes (25 in fp32) for every number of both its widths, and 12 for each
-        score of a predicted token. (Measured, not compiled; the tests measure it again.)"""
+        """An upper estimate of the GPU memory that a row's forward and backward pass needs: 15
+        bytes (25 in fp32) for each token, layer and unit of its two widths, and 12 for each score
+        of a predicted token. (Fitted to measurements, not compiled; the tests repeat them.)"""
         c, numbers = self.config, 25 if self.autocast_dtype is None else 15
         in_layers = numbers * c.n_layers * (c.d_model + c.d_ff) * row_length * self.work_per_token
         return in_layers + 12 * c.vocabulary_size * row_length / 4
 
     def compile_parts(self):
         """Compiles the layers one by one, so that another depth needs no other compilation, and the
-        loss, which then never stores the logits in fp32. Every shape is compiled for itself."""
+        loss, which then never stores the logits in fp32. Each shape has a graph of its own."""
         # Above it torch would silently go on without compiling. A run has about five shapes, one
         # whose method changes rows some dozens.
         torch._dynamo.config.recompile_limit = 256

@@ -85,7 +85,8 @@ class Gradients:
         views = zip(self.parameters, self.flat.split(sizes))
         self.views = [view.view_as(parameter) for parameter, view in views]
         starts = np.cumsum([0, *sizes])
-        buckets = starts[:-1] // bucket_elements  # of each parameter
+        # The bucket of each parameter: 0, 1, ... without a gap behind a large one.
+        _, buckets = np.unique(starts[:-1] // bucket_elements, return_inverse=True)
         self.bucket_sizes = np.bincount(buckets, sizes).astype(int).tolist()
         self.parameters_of_buckets = np.bincount(buckets)
         for index, parameter in enumerate(self.parameters):
@@ -138,6 +139,7 @@ class Gradients:
         return self.loss_and_used[0]
 
     def tensors(self):
+        """All gradients that there are."""
         return [p.grad for p in reversed(self.parameters) if p.grad is not None]
 
     def read(self, *numbers):

@@ -1559,6 +1559,9 @@ def test_gradients_travel_while_the_backward_pass_runs(monkeypatch):
         sums = ["sum"] * before_the_first
         rest = ["sum"] * (5 - before_the_first)
         assert events == ["first layer", *sums, "first layer", *rest]
+    # A parameter of several buckets leaves none empty.
+    large = parallel.Gradients([nn.Parameter(torch.zeros(n)) for n in (3, 40, 3)], 10)
+    assert large.bucket_sizes == [43, 3]
     # A pass between updates is none of theirs.
     layers.zero_grad(set_to_none=True)
     events.clear()

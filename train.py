@@ -142,7 +142,7 @@ SIZE_DEFAULTS = {
         "base": dict(vocabulary=32128, row_length=512, validation_rows=10_000, reference="a100"),
     },
 }
-MICRO_BATCH = 8  # on a CPU, where a larger one is no faster
+MICRO_BATCH = 8  # rows, on a CPU
 
 
 # -- Flags -----------------------------------------------------------------------------------------

@@ -155,8 +155,13 @@ class Method:
     # -- Called for every method of a combination --------------------------------------------------
 
     def warm_up(self):
-        """Which passes does the method make beside `loss`? One of each on rows of no account, so
-        that its compilation is not charged. (Called before the first update, more than once.)"""
+        """Makes one of each pass that the method makes beside `loss`, on rows of no account, so
+        that its compilation is not charged; by itself it does so for `row_losses`. (Called before
+        the first update, more than once.)"""
+        if type(self).next_batch is not Method.next_batch:  # it may score rows
+            positions = np.arange(rows_at_once(self.config) * processes())
+            for model in (self.model, *self.finished_models.values()):
+                self.row_losses(positions, model)
 
     def begin_update(self):
         """An update begins. The only place where a model may grow."""

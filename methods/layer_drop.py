@@ -26,11 +26,11 @@ import math
 import numpy as np
 import torch
 
-from methods.baseline import Method, Option
+from methods.baseline import STUDY_MICRO_BATCH, Method, Option
 
 DRAWS = 0x1A7E5  # id of this random stream
 # BERT draws anew for each of the study's micro-batches, T5 once an update.
-ROWS_PER_DRAW = {"bert": 128}
+ROWS_PER_DRAW = {"bert": STUDY_MICRO_BATCH["bert"]}
 
 
 class LayerDrop(Method):

@@ -47,8 +47,8 @@ def orthogonalise(matrices, dtype):
 
 
 def fast_dtype(device):
-    """bf16 on a GPU, fp32 on a CPU: a few CPUs multiply bf16 faster, others that say that they can
-    take twice as long. (Never fp16: its range is too small.)"""
+    """bf16 on a GPU; fp32 on a CPU, where bf16 can be slower even if it is supported. (Never fp16:
+    its range is too small.)"""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

@@ -23,14 +23,7 @@ positions only. Validation rows are neither in the holdout nor trained on.
 
 import numpy as np
 
-from methods.baseline import (
-    FREE_EXTRA_PASSES,
-    Method,
-    Option,
-    baseline_on_holdout,
-    processes,
-    rows_at_once,
-)
+from methods.baseline import FREE_EXTRA_PASSES, Method, Option, baseline_on_holdout
 
 MODEL = "irreducible_loss_model"
 
@@ -50,10 +43,6 @@ class RHO(Method):
         hours = config.options["irreducible_budget_hours"]
         budget = dict(budget_hours=hours, budget_steps=None) if hours else {}
         return {MODEL: baseline_on_holdout(config, **budget)}
-
-    def warm_up(self):
-        for model in (self.model, self.finished_models[MODEL]):
-            self.row_losses(np.arange(rows_at_once(self.config) * processes()), model)
 
     def next_batch(self):
         batch = self.config.batch

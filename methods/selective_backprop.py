@@ -25,14 +25,7 @@ import math
 
 import numpy as np
 
-from methods.baseline import (
-    FREE_EXTRA_PASSES,
-    STUDY_MICRO_BATCH,
-    Method,
-    Option,
-    processes,
-    rows_at_once,
-)
+from methods.baseline import FREE_EXTRA_PASSES, STUDY_MICRO_BATCH, Method, Option
 
 ACCEPTANCE = 0x5E1EC7  # id of this random stream
 
@@ -78,9 +71,6 @@ class SelectiveBackprop(Method):
         super().__init__(*arguments)
         self.history, self.waiting = np.empty(0), np.empty(0, np.int64)  # losses; stream positions
         self.candidates, self.accepted = 0, 0  # of the last update
-
-    def warm_up(self):
-        self.row_losses(np.arange(rows_at_once(self.config) * processes()))
 
     def next_batch(self):
         options, batch = self.config.options, self.config.batch
