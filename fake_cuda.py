@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent
+FOLDERS = ROOT, ROOT / "data", ROOT / "methods", ROOT / "tasks"  # and not a .venv beside them
 aten, CUDA, META = torch.ops.aten, torch.device("cuda:0"), torch.device("meta")
 # Autograd's engine asks the build for a guard of the device. That of "meta" (number 14) does
 # nothing, and takes the place of CUDA's (number 1).
@@ -53,8 +54,8 @@ def place():
     """The innermost function of the project that is being executed: "file.py, function"."""
     for frame, _ in traceback.walk_stack(None):
         path = Path(frame.f_code.co_filename)
-        of_project = ROOT in path.parents and path.name != Path(__file__).name
-        if of_project and not frame.f_code.co_name.startswith("<"):
+        is_ours = path.parent in FOLDERS and path != Path(__file__).resolve()
+        if is_ours and not frame.f_code.co_name.startswith("<"):
             return f"{path.name}, {frame.f_code.co_name}"
     return "?"
 
