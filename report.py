@@ -385,8 +385,8 @@ def differing_files(table):
 # -- Tables ----------------------------------------------------------------------------------------
 
 COLUMNS = """group model size data train_on reference budget_hours budget_steps method n
-    validation_loss standard_deviation difference interval_95 how speed_up updates rows
-    charged_hours free_hours wall_hours stalls settings""".split()
+    validation_loss standard_deviation difference interval_95 how speed_up speed_up_low
+    speed_up_high updates rows charged_hours free_hours wall_hours stalls settings""".split()
 
 
 def record_of(row, table, points, titles):
@@ -413,6 +413,10 @@ def record_of(row, table, points, titles):
         record |= zip(("difference", "interval_95", "how"), gap)
     if table.budget[0]:
         record["speed_up"] = speed_up(points, record["validation_loss"], table.budget[0])
+        if half := record["interval_95"]:  # of the difference: the baseline's points are not varied
+            middle = table.baseline.mean_loss() + record["difference"]
+            for name, loss in (("speed_up_low", middle + half), ("speed_up_high", middle - half)):
+                record[name] = speed_up(points, loss, table.budget[0])
     for name in ("updates", "rows", "stalls"):
         record[name] = statistics.mean(run.result.get(name, 0) for run in row.runs)
     for name in ("charged", "free", "wall"):
@@ -447,6 +451,11 @@ def speed_up(points, loss, hours):
     return f">{points[-1][0] / hours:.2g}"
 
 
+def number(value):
+    """Of a speed-up: "<0.5" is drawn at 0.5."""
+    return float(value.lstrip("<>")) if isinstance(value, str) else value
+
+
 def formatted(value, form):
     return MISSING if value is None else value if isinstance(value, str) else format(value, form)
 
@@ -454,11 +463,11 @@ def formatted(value, form):
 def markdown(records):
     """The table of one group for people."""
     lines = [
-        "| method | n | validation loss | difference to the baseline, 95% | speed-up | updates | "
-        "rows | charged h | free h | wall h | stalls |",
+        "| method | n | validation loss | difference to the baseline, 95% | speed-up, 95% | "
+        "updates | rows | charged h | free h | wall h | stalls |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    forms = {"speed_up": ".2f", "updates": ",.0f", "rows": ",.0f"}
+    forms = {"updates": ",.0f", "rows": ",.0f"}
     forms |= dict.fromkeys(("charged_hours", "free_hours", "wall_hours", "stalls"), ".3g")
     for r in records:
         loss = gap = MISSING
@@ -466,7 +475,11 @@ def markdown(records):
             loss = f"{r['validation_loss']:.4f} ± {formatted(r['standard_deviation'], '.4f')}"
         if r["difference"] is not None:
             gap = f"{r['difference']:+.4f} ± {formatted(r['interval_95'], '.4f')} ({r['how']})"
-        cells = [r["method"], str(r["n"]), loss, gap]
+        faster = formatted(r["speed_up"], ".2f")
+        if r["speed_up_low"] is not None:
+            bounds = (formatted(r[f"speed_up_{end}"], ".2f") for end in ("low", "high"))
+            faster += f" ({' to '.join(bounds)})"
+        cells = [r["method"], str(r["n"]), loss, gap, faster]
         cells += [formatted(r[name], form) for name, form in forms.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -599,15 +612,21 @@ class Figures:
                 axes.fill_between(spent, lowest, highest, color=color, alpha=0.2)
 
     def by_budget(self, name, title, ylabel, points, level=None):
-        """`points`: {label: [(budget in hours, value)]}; a value may be text or missing."""
+        """`points`: {label: [(budget in hours, value, lowest, highest)]}; numbers may be text, as
+        "<0.5", or missing."""
         xlabel = "budget, hours of the reference"
         with self.axes(name, title, xscale="log", xlabel=xlabel, ylabel=ylabel) as axes:
             for label, own in points.items():
-                if known := [point for point in own if isinstance(point[1], float)]:
-                    self.line(axes, label, *zip(*known))
+                known = [point for point in own if isinstance(point[1], float)]
+                if not known:
+                    continue
+                self.line(axes, label, *zip(*((hours, value) for hours, value, *_ in known)))
+                for hours, value, *bounds in known:
+                    ends = [number(value if end is None else end) for end in bounds]
+                    axes.plot([hours, hours], ends, color=self.colors[label], linewidth=1)
             if level and axes.lines:
                 axes.axhline(level, color="black", linewidth=0.5)
-            budgets = sorted({hours for own in points.values() for hours, _ in own})
+            budgets = sorted({hours for own in points.values() for hours, *_ in own})
             axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
             axes.set_xticks([], minor=True)
 
@@ -628,7 +647,10 @@ def draw(tables, records, folder):
             ("speed_up", "speed-up", "baseline's budget for the same loss / budget", 1.0),
         ):
             points = {
-                label: [(record["budget_hours"], record[column]) for record in of_method]
+                label: [
+                    (r["budget_hours"], r[column], r.get(f"{column}_low"), r.get(f"{column}_high"))
+                    for r in of_method
+                ]
                 for label, of_method in methods.items()
             }
             figures.by_budget(name, title, ylabel, points, level)

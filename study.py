@@ -1,12 +1,14 @@
-"""A whole study: every model, method, budget and seed, one run after the other.
+"""A whole study: every model, method, learning rate, budget and seed.
 
     python study.py --models=bert,t5 --methods=baseline,lion --seeds=0,1 --budgets=0.05,0.1
+    python study.py --methods=lion --lrs=1e-4,3e-4,1e-3 --budget_steps=2000      to tune a method
 
 All other flags are train.py's and go to every run (--size=small, --threads=1, an option of a method
 that all of them have). What is finished is kept and what was interrupted is resumed, so the same
 command goes on after a Ctrl-C, a crash or a reboot, and can be given more seeds later. A run that
 fails is named at the end; the others go on. On several devices: --launch='torchrun
---nproc_per_node=8'. Then: python report.py runs/
+--nproc_per_node=8'; on a CPU several runs at once: --at_once=2 --threads=1. Then: python report.py
+runs/
 """
 
 import itertools
@@ -14,17 +16,19 @@ import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import train
 from errors import UserError, exits_on_user_error
 from flags import Option, Parser
 from runs import ROOT, relative_path, status
 
-AXES = {
+AXES = {  # the last one changes first
+    "seeds": ("seed", Option("0,1,2", "joined by commas")),
+    "budgets": ("budget_hours", Option("", "hours of the reference, joined by commas (0.05)")),
     "models": ("model", Option("bert", "joined by commas")),
     "methods": ("method", Option("baseline", "joined by commas")),
-    "budgets": ("budget_hours", Option("0.05", "hours of the reference, joined by commas")),
-    "seeds": ("seed", Option("0,1,2", "joined by commas")),
+    "lrs": ("lr", Option("", "learning rates, joined by commas (each method's own)")),
 }
 
 
@@ -33,7 +37,6 @@ def plans(options, flags):
     named before the first one starts."""
     of_single_runs = {flag: f"--{axis}, joined by commas" for axis, (flag, _) in AXES.items()}
     of_single_runs |= dict.fromkeys(("resume", "out"), "runs that are found by what they are")
-    of_single_runs["budget_steps"] = "--budgets, in hours"
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
         if flag.startswith("--") and name in of_single_runs:
@@ -41,38 +44,38 @@ def plans(options, flags):
                 f"--{name} is a flag of single runs; a study has {of_single_runs[name]}"
             )
     found = []
-    for seed, budget, model, method in itertools.product(
-        *(getattr(options, axis).split(",") for axis in ("seeds", "budgets", "models", "methods"))
-    ):
-        own = [f"--model={model}", f"--method={method}", f"--budget_hours={budget}"]
-        own += [f"--seed={seed}", *flags]
+    for values in itertools.product(*(getattr(options, axis).split(",") for axis in AXES)):
+        pairs = zip((flag for flag, _ in AXES.values()), values)
+        own = [f"--{flag}={value}" for flag, value in pairs if value] + flags
         typed, _ = train.parse(own)
         found.append((own, train.plan(train.resolve(typed))))
     return found
 
 
 class Launcher:
-    """Starts one run after the other, and passes on what should stop them."""
+    """Starts runs, and passes on what should stop them."""
 
     def __init__(self, launch):
         self.command = shlex.split(launch) if launch else [sys.executable]
-        self.process, self.stopped = None, 0
+        self.running, self.stopped = set(), 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
     def stop(self, number, frame):
         """The run saves and exits: Ctrl-C reaches it by itself, a SIGTERM is passed on."""
         self.stopped = number
-        if number == signal.SIGTERM and self.process:
-            self.process.terminate()
+        if number == signal.SIGTERM:
+            for process in list(self.running):
+                process.terminate()
 
     def run(self, flags):
         """Waits for train.py with these flags; returns its exit status."""
-        train_py = relative_path(ROOT / "train.py")
-        self.process = subprocess.Popen([*self.command, train_py, *flags])
+        process = subprocess.Popen([*self.command, relative_path(ROOT / "train.py"), *flags])
+        self.running.add(process)
         if self.stopped:  # while it was starting
-            self.process.terminate()
-        exit_status, self.process = self.process.wait(), None
+            process.terminate()
+        exit_status = process.wait()
+        self.running.remove(process)
         return exit_status
 
 
@@ -82,19 +85,27 @@ def main(arguments=None):
     for axis, (_, option) in AXES.items():
         parser.add(axis, option)
     parser.add("launch", Option(None, "what starts train.py (this Python)", kind=str))
+    parser.add("at_once", Option(1, "how many runs side by side", minimum=1))
     options, flags = parser.parse_known_args(arguments)
     todo, failed = plans(options, flags), []
     launcher = Launcher(options.launch)
-    for number, (own, planned) in enumerate(todo, 1):
+
+    def run(number, own, planned):
+        if launcher.stopped:
+            return
         place = relative_path(planned.folder)
         print(f"[{number} of {len(todo)}] {place}: {status(planned.folder)}", flush=True)
         if status(planned.folder) == "finished":
-            continue
+            return
         exit_status = launcher.run(own)
-        if launcher.stopped:
-            raise SystemExit(128 + launcher.stopped)
         if status(planned.folder) != "finished":
             failed.append(f"{place} (exit status {exit_status})")
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for started in [pool.submit(run, n, *one) for n, one in enumerate(todo, 1)]:
+            started.result()
+    if launcher.stopped:
+        raise SystemExit(128 + launcher.stopped)
     if failed:
         print(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}", file=sys.stderr)
         raise SystemExit(2)

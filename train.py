@@ -48,7 +48,8 @@ from tqdm import tqdm
 import methods
 import model as models
 import runs
-from data.corpus import Corpus, load_meta
+import sample
+from data.corpus import MASK_SHARE, MOST_MASKS, Corpus, load_meta
 from data.prepare import TINY_VOCABULARY, corpus_folder
 from errors import UserError, exits_on_user_error, explains_out_of_memory
 from flags import Option, Parser
@@ -85,6 +86,9 @@ class Config:
     data: str = setting(None, "a corpus of data/prepare.py (c4 if it is there, else pydocs)")
     vocabulary: int = setting(None, "tokens (8192; tiny bert: 2048; base: 32768, 32128)", minimum=1)
     row_length: int = setting(None, "tokens read of a row (128; t5 from small: 512)", minimum=8)
+    mask_share: float = setting(
+        None, "share of tokens predicted (0.15; tiny: 0.3)", minimum=0.01, maximum=MOST_MASKS
+    )
     holdout: float = setting(0.2, "share of rows that none trains on", minimum=0, maximum=0.99)
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(None, "how many at most (base: 10000, else 1000)", minimum=1)
@@ -214,7 +218,8 @@ def resolve(typed):
     dtype = rst.low_precision(device)
     dtype = dtype if method.trains_in(dtype) else "fp32"
     defaults = dict(device=device, size=size, dtype=dtype, compile=kind == "cuda")
-    defaults |= {"reference": "this"} | SIZE_DEFAULTS[model][size] | recipe
+    defaults |= {"reference": "this", "mask_share": MASK_SHARE}
+    defaults |= SIZE_DEFAULTS[model][size] | recipe
     if values["budget_steps"] is None:
         defaults["budget_hours"] = 0.05
     for name in COMMON:
@@ -383,6 +388,7 @@ def open_corpus(config, folder=None):
         config.holdout,
         config.train_on,
         config.validation_rows,
+        config.mask_share,
     )
 
 
@@ -405,6 +411,10 @@ def ensure_run(name, config, reference=None):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
     needed = plan(config, reference)
     place = runs.relative_path(needed.folder)
+    if is_main():
+        with runs.locked(needed.folder, wait=True):  # another run may be making it
+            pass
+    wait_for_all()
     if runs.status(needed.folder) == "finished":
         print0(f"{name}: reusing {place}")
         return needed.folder
@@ -819,6 +829,8 @@ class Training:
         }
         if is_main():
             runs.write_json(self.folder / "result.json", result)
+            # Not the compiled one: a single row and its generation have shapes of their own.
+            sample.print_rows(models.load(self.folder / "model.pt", config.device), corpus, 1)
         wait_for_all()  # whoever needs the finished run next finds it whole
         loss = counters.validation_loss
         print0(

@@ -32,7 +32,8 @@ from .prepare import (
 )
 
 MASK = SPECIAL_TOKENS.index("[MASK]")
-MASK_SHARE = 0.15  # of a row's tokens are predicted, in both models (the study): BERT's 19 of 128
+MASK_SHARE = 0.15  # of a row's tokens are predicted in the study, in both models: BERT's 19 of 128
+MOST_MASKS = 0.5  # of a row: every document has a token before its separator
 MEAN_SPAN = 3.0  # tokens, of T5's span corruption
 
 # Two streams over the same rows, each in its own order: one to train on, and one for forward passes
@@ -115,7 +116,7 @@ class Masking:
 
     def __init__(self, row_length, meta, mask_share=MASK_SHARE):
         self.raw_length, self.tokenizer_size = row_length, meta["tokenizer_size"]
-        self.predicted_per_row = max(1, round(mask_share * row_length))
+        self.predicted_per_row = max(1, min(round(mask_share * row_length), row_length // 2))
 
     def with_mask_share(self, mask_share, meta):
         """The same rows, another share of their tokens predicted."""
@@ -126,8 +127,7 @@ class Masking:
         `labels` (B, P), with P = `predicted_per_row`."""
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         draws = hash_of(key, positions[:, None], columns)  # (B, T)
-        # Separators come last. Every document has a token before its separator, so at least half
-        # of a row can be chosen.
+        # Separators come last, and at most half a row is chosen, so none is.
         chosen = smallest(draws + (tokens == SEPARATOR) * (1 << 32), self.predicted_per_row)
         labels = tokens.gather(1, chosen)
         # A hash of its own for each decision: what is masked says nothing of what becomes of it.
@@ -150,8 +150,8 @@ class Masking:
 
 
 class SpanCorruption:
-    """T5's span corruption (Raffel et al. 2020, section 3.1.4): 15% of the raw tokens, in spans of
-    three on average, are replaced by sentinels in what is read, and are what is predicted.
+    """T5's span corruption (Raffel et al. 2020, section 3.1.4): a share of the raw tokens, in
+    spans of three on average, is replaced by sentinels in what is read, and is what is predicted.
 
         read:       clean_0 S_0 clean_1 S_1 ... </s>
         predicted:  S_0 noise_0 S_1 noise_1 ... </s>
@@ -174,7 +174,8 @@ class SpanCorruption:
         self.first_sentinel, self.end = meta["first_sentinel"], meta["separator"]
         if self.spans > SENTINELS:
             raise UserError(
-                f"--row_length={row_length} needs {self.spans} sentinels; there are {SENTINELS}"
+                f"--row_length={row_length} with --mask_share={mask_share:g} needs {self.spans} "
+                f"sentinels; there are {SENTINELS}"
             )
 
     def with_mask_share(self, mask_share, meta):
@@ -242,6 +243,7 @@ class Corpus:
         holdout: share of the rows that is kept from training.
         train_on: "training" or "holdout", the part that the streams run over.
         validation_rows: rows of the fixed validation set (at most all that there are).
+        mask_share: share of a row's tokens that is predicted.
     """
 
     def __init__(
@@ -253,12 +255,13 @@ class Corpus:
         holdout=0.2,
         train_on="training",
         validation_rows=10_000,
+        mask_share=MASK_SHARE,
     ):
         self.folder, self.device = Path(folder), torch.device(device)
-        self.seed, self.row_length = seed, row_length
+        self.seed, self.row_length, self.mask_share = seed, row_length, mask_share
         self.meta = load_meta(self.folder)
         self.vocabulary_size = self.meta["vocabulary_size"]
-        self.objective = OBJECTIVES[self.meta["model"]](row_length, self.meta)
+        self.objective = OBJECTIVES[self.meta["model"]](row_length, self.meta, mask_share)
         self.raw_length = self.objective.raw_length
         self.predicted_per_row = self.objective.predicted_per_row
         self.train_tokens = load_tokens(self.folder, "train", self.meta)
@@ -326,9 +329,10 @@ class Corpus:
             positions: integers, an array or a list.
             stream: whose positions these are.
             row_length: tokens to read of each row, its first ones (the run's row length).
-            mask_share: share of the row's tokens to predict (the study's 0.15).
+            mask_share: share of the row's tokens to predict (the run's).
         """
-        objective = self.objective_for(row_length or self.row_length, mask_share or MASK_SHARE)
+        row_length, mask_share = row_length or self.row_length, mask_share or self.mask_share
+        objective = self.objective_for(row_length, mask_share)
         # A shorter row is the beginning of the same one, so a method that changes the length sees
         # the rows that all others see.
         rows = gather_rows(self.train_tokens, self.row_indices(positions, stream), self.raw_length)
@@ -338,9 +342,9 @@ class Corpus:
 
     def objective_for(self, row_length, mask_share):
         """The objective for rows of this length with this share of their tokens predicted."""
-        if (row_length, mask_share) == (self.row_length, MASK_SHARE):
+        if (row_length, mask_share) == (self.row_length, self.mask_share):
             return self.objective
-        objective = OBJECTIVES[self.meta["model"]](row_length, self.meta)
+        objective = OBJECTIVES[self.meta["model"]](row_length, self.meta, self.mask_share)
         return objective.with_mask_share(mask_share, self.meta)
 
     def validation_batches(self, rows_per_batch, process=0, processes=1):
@@ -349,9 +353,12 @@ class Corpus:
         # Every process has each n-th row: together they have all of them, whatever their number.
         indices = np.arange(process, self.validation_rows, processes)
         for first in range(0, len(indices), rows_per_batch):
-            here = indices[first : first + rows_per_batch]
-            tokens = self.to_device(gather_rows(self.val_tokens, here, self.raw_length))
-            yield self.objective(tokens, self.to_device(here), hash_of(0, VALIDATION))
+            yield self.validation_batch(indices[first : first + rows_per_batch])
+
+    def validation_batch(self, indices):
+        """These of the validation rows, corrupted."""
+        tokens = self.to_device(gather_rows(self.val_tokens, indices, self.raw_length))
+        return self.objective(tokens, self.to_device(indices), hash_of(0, VALIDATION))
 
     def to_device(self, array):
         return to_device(torch.from_numpy(array), self.device)

@@ -200,6 +200,10 @@ class BPETokenizer:
     def decode(self, tokens):
         return self.encoding.decode(tokens)
 
+    def piece(self, token):
+        """One token as text, with the space before it."""
+        return self.decode([token])
+
     def save(self, folder):
         tokens = [base64.b64encode(token).decode() for token in self.vocabulary]
         (Path(folder) / self.file_name).write_text(
@@ -278,6 +282,13 @@ class SentencePieceTokenizer:
         return self.processor.decode(
             [token for token in tokens if token < self.processor.get_piece_size()]
         )
+
+    def piece(self, token):
+        """One token as text, with the space before it; sentinels, too."""
+        if token < self.processor.get_piece_size():
+            return self.processor.id_to_piece(token).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        number = self.first_sentinel - token
+        return f" <extra_id_{number}>" if number >= 0 else ""  # or the vocabulary's padding
 
     def save(self, folder):
         (Path(folder) / self.file_name).write_bytes(self.model)
