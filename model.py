@@ -66,12 +66,12 @@ class T5Config:
 
 SIZES = {
     "bert": {
-        "tiny": dict(n_layers=4, d_model=256, n_heads=4, d_ff=512),
+        "tiny": dict(n_layers=4, d_model=128, n_heads=4, d_ff=256),
         "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=1024),
         "base": dict(n_layers=16, d_model=768, n_heads=12, d_ff=1536),
     },
     "t5": {
-        "tiny": dict(n_layers=4, d_model=256, n_heads=4, d_ff=640),
+        "tiny": dict(n_layers=4, d_model=128, n_heads=4, d_head=32, d_ff=320),
         "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=1024),
         "base": dict(n_layers=12, d_model=768, n_heads=12, d_ff=2048),
     },

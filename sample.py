@@ -53,7 +53,7 @@ def fill(model, tokenizer, text):
 
 def t5_filled(t5, tokenizer, tokens, most):
     """The text of these tokens and sentinels, with what the model writes for them."""
-    read = torch.tensor([[*tokens, tokenizer.separator]], device=t5.embedding.device)
+    read = torch.tensor([[*tokens, tokenizer.separator]])
     written = t5.generate({"tokens": read}, most, tokenizer.separator)[0].tolist()
     return with_spans(tokenizer, tokens, written)
 
@@ -80,10 +80,10 @@ def with_tokens(tokenizer, tokens, columns, predicted):
 
 @torch.no_grad()
 def print_rows(model, corpus, count):
-    """Prints rows of the validation set: before, after, and as they were."""
+    """Prints rows of the validation set: before, after, and as they were. (On the CPU.)"""
     tokenizer = corpus.tokenizer
     for row in np.linspace(0, corpus.validation_rows, count, endpoint=False, dtype=int):
-        batch = corpus.validation_batch(row[None])
+        batch = corpus.validation_batch(row[None], "cpu")
         tokens, labels = (batch[name][0].tolist() for name in ("tokens", "labels"))
         if isinstance(model, models.T5):
             tokens = tokens[:-1]  # the end

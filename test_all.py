@@ -50,6 +50,7 @@ import optimizers
 import parallel
 import report
 import runs
+import sample
 import study
 import tasks
 import train
@@ -777,9 +778,9 @@ def test_base_has_the_studys_parameters_and_initial_values():
             assert parameter.item() == pytest.approx(768**-0.5)
         else:
             assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
-    # 1/3 of base's width.
+    # 1/6 of base's width.
     narrow = models.build("bert", "tiny", 2048).layers[0].feed_forward.linear.weight
-    assert narrow.std().item() == pytest.approx(0.02 * 3**0.5, rel=0.01)
+    assert narrow.std().item() == pytest.approx(0.02 * 6**0.5, rel=0.01)
 
 
 class ReferenceLayer(nn.Module):
@@ -1827,11 +1828,11 @@ def test_sophias_estimate_is_the_gauss_newton_diagonal():
     p = layer(inputs).softmax(dim=-1).detach().double()
     exact = torch.einsum("btk,btj->kj", p * (1 - p), inputs.double().square()) / 12
     total, errors = torch.zeros(6, 5, dtype=torch.float64), {}
-    for sample in range(1, 4097):
+    for count in range(1, 4097):
         gradient = sampled_gradient(corpus.draw(4, SECOND_STREAM))
         total += sophia.hessian_estimate([gradient], 12, 0.0)[0]
-        if sample in (64, 4096):
-            errors[sample] = ((total / sample - exact).norm() / exact.norm()).item()
+        if count in (64, 4096):
+            errors[count] = ((total / count - exact).norm() / exact.norm()).item()
     assert errors[4096] < 0.03 and errors[64] > 3 * errors[4096]  # as 1 / sqrt(samples)
     # refresh_hessian: the moving average, per token, of the same estimate; and the clipping
     corpus.position = 0
@@ -2566,9 +2567,8 @@ def gpu_run(corpus_folder, t5_folder, tmp_path, monkeypatch):
             numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
             (tmp_path / "result.json").write_text(json.dumps(dict.fromkeys(numbers, 1)))
             monkeypatch.setattr(train, "ensure_run", lambda *_: tmp_path)
-            monkeypatch.setattr(
-                models, "load", lambda *_: models.build(model, "base", 512).to("cuda")
-            )
+            fresh = lambda path, device="cpu": models.build(model, "base", 512).to(device)  # noqa: E731
+            monkeypatch.setattr(models, "load", fresh)
             for place in (models, runs):
                 monkeypatch.setattr(place, "write_tensors", lambda *_: None)
         folder = corpus_folder if model == "bert" else t5_folder
@@ -2895,7 +2895,8 @@ def test_token_rho_equals_the_literal_loop(started, model):
 
 @pytest.mark.parametrize("model", ["bert", "t5"])
 def test_length_warmup_cuts_rows_by_its_schedule(started, model):
-    flags = "--row_length=64 --shortest=0.25 --length_warm_up=0.4 --budget_steps=1000"
+    flags = "--row_length=64 --mask_share=0.15 --shortest=0.25 --length_warm_up=0.4"
+    flags += " --budget_steps=1000"
     method, part, _ = started("length_warmup", model, flags)
     corpus, positions, lengths = part.corpus, np.arange(4), []
     indices = corpus.row_indices(positions)
@@ -2921,7 +2922,8 @@ def test_length_warmup_cuts_rows_by_its_schedule(started, model):
 
 
 def test_mask_schedule_predicts_less_and_less(started):
-    method, part, _ = started("mask_schedule", "bert", "--row_length=120 --budget_steps=60")
+    flags = "--row_length=120 --mask_share=0.15 --first_multiple=2 --budget_steps=60"
+    method, part, _ = started("mask_schedule", "bert", flags)
     shares, positions = [], np.arange(4)
     for part.clock.updates in range(61):
         shares.append(part.mask_share())
@@ -2946,7 +2948,7 @@ def test_mask_schedule_predicts_less_and_less(started):
 
 
 def test_mask_schedule_of_t5_keeps_the_raw_row(started):
-    flags = "--row_length=128 --first_share=0.3 --steps=3"
+    flags = "--row_length=128 --first_multiple=2 --steps=3"
     method, part, _ = started("mask_schedule", "t5", flags)
     corpus, positions = part.corpus, np.arange(3)
     indices = corpus.row_indices(positions)
@@ -3039,6 +3041,88 @@ def test_token_dropping_of_t5_is_random_ltd(started):
     assert subsets[0] != subsets[1]
 
 
+# -- What a model has learnt -----------------------------------------------------------------------
+
+
+def prediction(text):
+    """What stands in a row's brackets."""
+    return re.findall(r"\[([^]]*)\]", text)
+
+
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_rows_before_and_after(model, corpus_folder, t5_folder, tmp_path, capsys):
+    folder = {"bert": corpus_folder, "t5": t5_folder}[model]
+    run = tmp_path / "run"
+    flags = f"--model={model} --budget_steps=2 --mask_share=0.3 --validation_rows=9"
+    trained(folder, run, flags)
+    read_at_end = re.findall(r"^  read     (.*)$", capsys.readouterr().out, re.MULTILINE)
+    sample.main([str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:11].strip() for line in lines] == ["read", "written", "original", ""] * 3
+    lines = [line[11:] for line in lines]
+    assert read_at_end == lines[:1]
+    corpus = Corpus(folder, row_length=32, validation_rows=9, mask_share=0.3)
+    tokenizer, network = corpus.tokenizer, models.load(run / "model.pt")
+    for number, (read, written, original, _) in zip((0, 3, 6), zip(*[iter(lines)] * 4)):
+        raw = corpora.gather_rows(corpus.val_tokens, np.array([number]), corpus.raw_length)
+        text = re.sub(r"\s|\[(?!SEP)|(?<!SEP)\]", "", original)
+        assert text == re.sub(r"\s|</s>", "", "".join(map(tokenizer.piece, raw[0].tolist())))
+        (batch,) = list(corpus.validation_batches(1))[number : number + 1]
+        if model == "bert":
+            masked = (batch["tokens"] == corpora.MASK).sum().item()
+            assert read.count("[MASK]") == masked and len(prediction(original)) >= 10
+            best = network.logits(batch)[0].argmax(dim=-1).tolist()
+            told = [tokenizer.piece(token).strip() for token in best]
+            assert prediction(written.replace("[SEP]", "")) == told
+        else:
+            assert prediction(written) != prediction(original)
+            spans = [f"<extra_id_{n}>" for n in range(corpus.objective.spans)]
+            assert re.findall(r"<extra_id_\d+>", read) == spans
+            assert len(prediction(original)) == len(spans) and all(prediction(original))
+
+
+def test_a_text_is_filled_in(corpus_folder, t5_folder, monkeypatch):
+    torch.manual_seed(0)
+    bert, tokenizer = models.build("bert", "tiny", 512), prepare.load_tokenizer(corpus_folder)
+    first, second, third = words_text(5, 3).split()
+    lines = sample.fill(bert, tokenizer, f"{first} [MASK] {second} [MASK]{third}")
+    before = tokenizer.encode(first)
+    with_second = tokenizer.encode(f"{first} {second}")
+    assert with_second[: len(before)] == before and len(lines) == 2
+    tokens = [*before, corpora.MASK, *with_second[len(before) :], corpora.MASK]
+    tokens += tokenizer.encode(third)
+    scores = F.linear(bert.head(bert.encode(torch.tensor([tokens]))), bert.embedding)[0]
+    columns = [column for column, token in enumerate(tokens) if token == corpora.MASK]
+    for line, shares in zip(lines, scores[columns].softmax(dim=-1)):
+        told = [(f"{share:.2f}", repr(tokenizer.piece(token))) for token, share in
+                sorted(enumerate(shares.tolist()), key=lambda pair: -pair[1])[:5]]  # fmt: skip
+        assert re.split(r"\s{3}|(?<=\d) ", line) == [part for pair in told for part in pair]
+    with pytest.raises(UserError, match="has no gap"):
+        sample.fill(bert, tokenizer, "nothing")
+
+    t5, tokenizer = models.build("t5", "tiny", 512), prepare.load_tokenizer(t5_folder)
+    sentinels = [tokenizer.first_sentinel - number for number in range(2)]
+    one, two = (tokenizer.encode(word) for word in (second, third))
+
+    def generate(batch, most, end):  # the gaps in another order, and an id of no piece
+        parts = [tokenizer.encode(first), [sentinels[0]], tokenizer.encode("a")]
+        assert batch["tokens"].tolist() == [[*parts[0], *parts[1], *parts[2], sentinels[1], end]]
+        return torch.tensor([[sentinels[1], *two, 511, sentinels[0], *one, end, *two]])
+
+    monkeypatch.setattr(t5, "generate", generate)
+    filled = sample.fill(t5, tokenizer, f"{first} [MASK] a <extra_id_7>")
+    assert [" ".join(filled[0].split())] == [f"{first} [{second}] a [{third}]"]
+
+
+def test_sample_explains_what_is_missing(tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(b"")
+    for folder, message in ((tmp_path / "none", "none"), (tmp_path, "model.pt")):
+        with pytest.raises(SystemExit) as stopped:
+            sample.main([str(folder), "a [MASK]"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
 # -- Mistakes --------------------------------------------------------------------------------------
 
 
@@ -3129,9 +3213,10 @@ def test_finished_and_damaged_runs(corpus_folder, tmp_path, capsys):
     fails([f"--resume={run}"], "checkpoint.pt is missing")
     (run / "checkpoint.pt").write_bytes(checkpoint)
     config = (run / "config.json").read_text()
-    (run / "config.json").write_text(config.replace('"lr": 0.001', '"lr": 0.5'))
+    lr = f'"lr": {json.loads(config)["config"]["lr"]}'
+    (run / "config.json").write_text(config.replace(lr, '"lr": 0.5'))
     fails([f"--resume={run}"], "its config.json was changed")
-    (run / "config.json").write_text(config.replace('"lr": 0.001', '"lr": "high"'))
+    (run / "config.json").write_text(config.replace(lr, '"lr": "high"'))
     fails([f"--resume={run}"], "config.json, config: lr is 'high', expected float or null")
     (run / "config.json").write_text(config)
     log = (run / "log.jsonl").read_bytes()
@@ -4116,7 +4201,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         "| lion | 0 | – | – | – |",
         "| 100 | 800 | 1 | 0.01 | 2 | 2 |",
         "commits: abc",
-        "\nbaseline: batch 8, beta1 ",
+        "\nbaseline: batch 64, beta1 ",
         "| method | glue rte accuracy |",
         "| baseline | 61.0 ± 14.1 (2 pre-trainings), best 71.0 ± 14.1 (2 pre-trainings) |",
         "| stacking | 81.0 ± 1.4 (2 fine-tunings), best 91.0 ± 1.4 (2 fine-tunings) |",
@@ -4408,7 +4493,8 @@ def test_a_study_keeps_resumes_and_makes_runs(corpus_folder, tmp_path, monkeypat
         ("--size=huge", "--size"),
         ("--method=lion", "a study has --methods"),
         ("--seed=3", "a study has --seeds"),
-        ("--budget_steps=3", "a study has --budgets, in hours"),
+        ("--lr=0.1", "a study has --lrs"),
+        ("--budget_steps=3", "--budget_hours and --budget_steps are two budgets; give one"),
         ("--out=here", "a study has runs that are found by what they are"),
         ("--data=none", "--data=none: not prepared"),
         ("--data seed", "--data=seed: not prepared"),  # a flag's value is no flag

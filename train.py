@@ -84,10 +84,10 @@ class Config:
     method: str = setting("baseline", "a file of methods/, or several joined by +")
 
     data: str = setting(None, "a corpus of data/prepare.py (c4 if it is there, else pydocs)")
-    vocabulary: int = setting(None, "tokens (8192; tiny bert: 2048; base: 32768, 32128)", minimum=1)
-    row_length: int = setting(None, "tokens read of a row (128; t5 from small: 512)", minimum=8)
+    vocabulary: int = setting(None, "tokens (8192; tiny: 1024; base: 32768, 32128)", minimum=1)
+    row_length: int = setting(None, "tokens read of a row (128; t5: 512; tiny: 32, 64)", minimum=8)
     mask_share: float = setting(
-        None, "share of tokens predicted (0.15; tiny: 0.3)", minimum=0.01, maximum=MOST_MASKS
+        None, "share of tokens predicted (0.15; tiny bert: 0.3)", minimum=0.01, maximum=MOST_MASKS
     )
     holdout: float = setting(0.2, "share of rows that none trains on", minimum=0, maximum=0.99)
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
@@ -114,7 +114,7 @@ class Config:
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
     compile: bool = setting(None, "compile layers, loss and our own optimizers (true on a GPU)")
     micro_batch: int = setting(
-        None, "rows a forward pass (8; GPU: as its memory allows)", minimum=1
+        None, "rows a forward pass (8 or 1024 tokens; GPU: as its memory allows)", minimum=1
     )
     threads: int = setting(0, rst.THREADS.help, minimum=0, maximum=rst.THREADS.maximum)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
@@ -136,17 +136,20 @@ MAY_CHANGE_ON_RESUME = runs.NOT_IN_ID - {"reference"} | {"dtype", "compile"}
 # What `resolve` puts where nothing was typed, beside the methods' recipes.
 SIZE_DEFAULTS = {
     "bert": {
-        "tiny": dict(vocabulary=TINY_VOCABULARY["bert"], row_length=128, validation_rows=1000),
+        "tiny": dict(
+            vocabulary=TINY_VOCABULARY, row_length=32, mask_share=0.3, validation_rows=1000
+        ),
         "small": dict(vocabulary=8192, row_length=128, validation_rows=1000, reference="rtx3090"),
         "base": dict(vocabulary=32768, row_length=128, validation_rows=10_000, reference="rtx3090"),
     },
     "t5": {
-        "tiny": dict(vocabulary=TINY_VOCABULARY["t5"], row_length=128, validation_rows=1000),
+        "tiny": dict(vocabulary=TINY_VOCABULARY, row_length=64, validation_rows=1000),
         "small": dict(vocabulary=8192, row_length=512, validation_rows=1000, reference="a100"),
         "base": dict(vocabulary=32128, row_length=512, validation_rows=10_000, reference="a100"),
     },
 }
-MICRO_BATCH = 8  # rows, on a CPU
+# On a CPU: at least 8 rows and 1024 tokens a forward pass.
+MICRO_BATCH, MICRO_BATCH_TOKENS = 8, 1024
 
 
 # -- Flags -----------------------------------------------------------------------------------------
@@ -226,7 +229,8 @@ def resolve(typed):
         if values[name] is None:
             values[name] = defaults.get(name)
     if values["micro_batch"] is None:
-        most = MICRO_BATCH if kind == "cpu" else rows_that_fit(values)
+        most = max(MICRO_BATCH, MICRO_BATCH_TOKENS // values["row_length"])
+        most = rows_that_fit(values) if kind == "cuda" else most
         values["micro_batch"] = min(values["batch"], most)
     if values["data"] is None:
         prepared = corpus_folder("c4", model, values["vocabulary"]) / "meta.json"
@@ -830,7 +834,7 @@ class Training:
         if is_main():
             runs.write_json(self.folder / "result.json", result)
             # Not the compiled one: a single row and its generation have shapes of their own.
-            sample.print_rows(models.load(self.folder / "model.pt", config.device), corpus, 1)
+            sample.print_rows(models.load(self.folder / "model.pt"), corpus, 1)
         wait_for_all()  # whoever needs the finished run next finds it whole
         loss = counters.validation_loss
         print0(

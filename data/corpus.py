@@ -355,10 +355,13 @@ class Corpus:
         for first in range(0, len(indices), rows_per_batch):
             yield self.validation_batch(indices[first : first + rows_per_batch])
 
-    def validation_batch(self, indices):
-        """These of the validation rows, corrupted."""
-        tokens = self.to_device(gather_rows(self.val_tokens, indices, self.raw_length))
-        return self.objective(tokens, self.to_device(indices), hash_of(0, VALIDATION))
+    def validation_batch(self, indices, device=None):
+        """These of the validation rows, corrupted, on this device (the run's)."""
+        arrays = gather_rows(self.val_tokens, indices, self.raw_length), indices
+        rows, positions = (
+            to_device(torch.from_numpy(array), device or self.device) for array in arrays
+        )
+        return self.objective(rows, positions, hash_of(0, VALIDATION))
 
     def to_device(self, array):
         return to_device(torch.from_numpy(array), self.device)

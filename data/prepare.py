@@ -63,9 +63,7 @@ from runs import folder_written_whole, locked, names_file, write_json  # noqa: E
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # their ids are 0 to 4, always
 SEPARATOR = SPECIAL_TOKENS.index("[SEP]")
 SENTINELS = 100  # of T5
-# Of a tiny model. BERT hides few tokens of a small batch: with 8192 most pieces are predicted once
-# in a hundred updates, and a run of minutes hardly gets below the unigram entropy.
-TINY_VOCABULARY = {"bert": 2048, "t5": 8192}
+TINY_VOCABULARY = 1024
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en"
 C4_SHARDS = 1024
 KINDS = (".txt", ".json", ".jsonl")
@@ -816,7 +814,7 @@ def prepare(
     if tokenizer is not None:
         tokenizer = given_tokenizer(tokenizer, model, vocabulary_size)
         vocabulary_size = tokenizer.size
-    vocabulary_size = vocabulary_size or TINY_VOCABULARY[model]
+    vocabulary_size = vocabulary_size or TINY_VOCABULARY
     least = len(SPECIAL_TOKENS) + 256 if model == "bert" else 256
     if not least <= vocabulary_size <= 65536 or (model == "t5" and vocabulary_size % 128):
         multiple = ", a multiple of 128" * (model == "t5")
@@ -853,7 +851,7 @@ FLAGS = {
     "model": Option("bert", "which model's tokens", choices=tuple(TOKENIZERS)),
     "vocabulary": Option(
         None,
-        "tokens (tiny models: bert 2048, t5 8192; small: 8192; base: bert 32768, t5 32128)",
+        "tokens (tiny models: 1024; small: 8192; base: bert 32768, t5 32128)",
         kind=int,
         minimum=1,
     ),
