@@ -209,13 +209,13 @@ def find_runs(paths):
 
 
 @functools.cache
-def t_95(degrees):
-    """Student's t for a two-sided 95% interval. With t = sqrt(degrees) tan(angle) the density is
+def student_t(degrees, confidence=0.95):
+    """Student's t for a two-sided interval. With t = sqrt(degrees) tan(angle) the density is
     that of cos(angle)^(degrees - 1), which is summed up here: within 1e-6."""
     angles = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(angles) ** (degrees - 1)
     mass = np.cumsum(density[1:] + density[:-1])
-    return degrees**0.5 * math.tan(np.interp(0.95 * mass[-1], mass, angles[1:]))
+    return degrees**0.5 * math.tan(np.interp(confidence * mass[-1], mass, angles[1:]))
 
 
 def deviation(values):
@@ -230,8 +230,8 @@ def averaged(pairs):
     return {key: statistics.mean(value for _, value in own) for key, own in groups.items()}
 
 
-def difference(ours, baseline):
-    """(mean, half the width of its 95% interval or None, how) of the difference between two
+def difference(ours, baseline, confidence=0.95):
+    """(mean, half the width of its interval or None, how) of the difference between two
     experiments, {seed: loss}."""
     common = sorted(set(ours) & set(baseline))
     fewest = min(len(ours), len(baseline))
@@ -239,7 +239,8 @@ def difference(ours, baseline):
         differences = [ours[seed] - baseline[seed] for seed in common]
         half = None
         if len(common) > 1:
-            half = t_95(len(common) - 1) * deviation(differences) / len(common) ** 0.5
+            half = student_t(len(common) - 1, confidence)
+            half *= deviation(differences) / len(common) ** 0.5
         return statistics.mean(differences), half, f"paired, {len(common)}"
     samples = list(ours.values()), list(baseline.values())
     mean = statistics.mean(samples[0]) - statistics.mean(samples[1])
@@ -249,7 +250,7 @@ def difference(ours, baseline):
     parts = [statistics.variance(sample) / len(sample) for sample in samples]
     weights = [part**2 / (len(sample) - 1) for part, sample in zip(parts, samples)]
     degrees = sum(parts) ** 2 / sum(weights) if sum(parts) else 1
-    return mean, t_95(degrees) * sum(parts) ** 0.5, "unpaired"
+    return mean, student_t(degrees, confidence) * sum(parts) ** 0.5, "unpaired"
 
 
 # -- Rows and tables -------------------------------------------------------------------------------
@@ -412,11 +413,14 @@ def record_of(row, table, points, titles):
         gap = difference(losses, table.baseline.losses())
         record |= zip(("difference", "interval_95", "how"), gap)
     if table.budget[0]:
-        record["speed_up"] = speed_up(points, record["validation_loss"], table.budget[0])
-        if half := record["interval_95"]:  # of the difference: the baseline's points are not varied
-            middle = table.baseline.mean_loss() + record["difference"]
-            for name, loss in (("speed_up_low", middle + half), ("speed_up_high", middle - half)):
-                record[name] = speed_up(points, loss, table.budget[0])
+        # Of the difference, if there is one, and its interval: the baseline's points do not vary.
+        loss, half = record["validation_loss"], record["interval_95"]
+        if record["difference"] is not None:
+            loss = table.baseline.mean_loss() + record["difference"]
+        record["speed_up"] = speed_up(points, loss, table.budget[0])
+        if half:
+            record["speed_up_low"] = speed_up(points, loss + half, table.budget[0])
+            record["speed_up_high"] = speed_up(points, loss - half, table.budget[0])
     for name in ("updates", "rows", "stalls"):
         record[name] = statistics.mean(run.result.get(name, 0) for run in row.runs)
     for name in ("charged", "free", "wall"):
@@ -483,6 +487,30 @@ def markdown(records):
         cells += [formatted(r[name], form) for name, form in forms.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def comparisons(table):
+    """Which of a table's differences exceed their interval, one by one, and all of them together:
+    of k true zeros one in 20/k exceeds its 95% interval by chance, so then k intervals of
+    1 - 0.05 / k (Bonferroni). "" without an interval."""
+    if not table.baseline:
+        return ""
+    theirs = table.baseline.losses()
+    others = {row.label: row.losses() for row in table.rows if row is not table.baseline}
+    others = {label: ours for label, ours in others.items() if ours and difference(ours, theirs)[1]}
+
+    def exceeding(confidence):
+        found = {label: difference(ours, theirs, confidence) for label, ours in others.items()}
+        return ", ".join(label for label, gap in found.items() if abs(gap[0]) > gap[1]) or "none"
+
+    count = len(others)
+    if not count:
+        return ""
+    together = exceeding(1 - 0.05 / count)
+    return (
+        f"{count} comparisons: beyond its own interval {exceeding(0.95)}; beyond intervals that "
+        f"hold together (Bonferroni) {together}"
+    )
 
 
 def titles_of(runs):
@@ -677,6 +705,8 @@ def baseline_points(tables):
 def print_table(table, records, titles):
     """All that people should know of a table's runs."""
     print(f"## {table.title}\n\n{markdown(records)}\n")
+    if compared := comparisons(table):
+        print(compared)
     if table.baseline:
         settings = table.baseline.settings.items()
         settings = [f"{name} {value}" for name, value in settings if name != "method"]

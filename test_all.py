@@ -4118,7 +4118,10 @@ def test_differences_and_intervals_are_scipys():
     for count in (2, 3, 5, 12):
         ours, theirs = generator.normal(size=(2, count))
         paired = report.difference(dict(enumerate(ours)), dict(enumerate(theirs)))
-        assert paired[:2] == middle_and_half(stats.ttest_rel(ours, theirs).confidence_interval())
+        test = stats.ttest_rel(ours, theirs)
+        assert paired[:2] == middle_and_half(test.confidence_interval())
+        wider = report.difference(dict(enumerate(ours)), dict(enumerate(theirs)), 0.99)
+        assert wider[:2] == middle_and_half(test.confidence_interval(0.99))
         if count > 2:
             others = dict(enumerate(theirs[:-1], 100))
             unpaired = report.difference(dict(enumerate(ours)), others)
@@ -4130,8 +4133,10 @@ def test_differences_and_intervals_are_scipys():
     # One common seed is too few for an interval.
     assert report.difference({0: 2.0, 1: 4.0}, {1: 1.0, 2: 3.0})[2] == "unpaired"
     for degrees in (1, 1.7, 2, 5.3, 30, 1000):
-        expected = stats.t.ppf(0.975, degrees)
-        assert report.t_95(degrees) == pytest.approx(expected, rel=1e-5), degrees
+        for confidence in (0.95, 1 - 0.05 / 14):
+            expected = stats.t.ppf(0.5 + confidence / 2, degrees)
+            found = report.student_t(degrees, confidence)
+            assert found == pytest.approx(expected, rel=1e-4), degrees
 
 
 def test_speed_up_is_read_off_the_baselines_final_losses():
@@ -4196,10 +4201,11 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     for expected in (
         "| baseline | 4 | 3.0000 ± 0.2160 | – |",
         "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |",
-        "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) |",
+        "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) | 1.41 (<1 to >2) |",
         "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |",
         "| lion | 0 | – | – | – |",
         "| 100 | 800 | 1 | 0.01 | 2 | 2 |",
+        "\n1 comparisons: beyond its own interval none; beyond intervals that hold together (B",
         "commits: abc",
         "\nbaseline: batch 64, beta1 ",
         "| method | glue rte accuracy |",
@@ -4495,6 +4501,7 @@ def test_a_study_keeps_resumes_and_makes_runs(corpus_folder, tmp_path, monkeypat
         ("--seed=3", "a study has --seeds"),
         ("--lr=0.1", "a study has --lrs"),
         ("--budget_steps=3", "--budget_hours and --budget_steps are two budgets; give one"),
+        ("--lrs=-1", "--lr=-1.0: expected"),
         ("--out=here", "a study has runs that are found by what they are"),
         ("--data=none", "--data=none: not prepared"),
         ("--data seed", "--data=seed: not prepared"),  # a flag's value is no flag
@@ -4503,6 +4510,9 @@ def test_a_study_keeps_resumes_and_makes_runs(corpus_folder, tmp_path, monkeypat
             study.main([*flags, *flag.split()])
         output, error = capsys.readouterr()
         assert stopped.value.code == 2 and message in error and "[1 of 4]" not in output
+    # A rate of its own, and updates for a budget.
+    tuned = ["--methods=baseline", "--seeds=0", "--budgets=", "--budget_steps=1", "--lrs=0.1,0.2"]
+    assert states(*flags, *tuned, "--at_once=2") == ["new"] * 2
     # Another precision, or where hours are plain time other threads, is another run.
     for flag in ("--dtype=bf16", "--threads=2"):
         assert states(*flags, "--methods=baseline", "--seeds=0", flag) == ["new"]

@@ -38,7 +38,6 @@ class Stacking(Method):
         ),
         "optimizer_state": Option("keep", "of a growing model", ("keep", "reset", "copy")),
     }
-    defaults = {model: {"tiny": dict(growth_times="0.25,0.5")} for model in ("bert", "t5")}
     turned_off = {model: dict(growth_times="") for model in ("bert", "t5")}
 
     def __init__(self, *arguments):
