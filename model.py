@@ -45,6 +45,7 @@ class BERTConfig:
     n_heads: int = 12
     d_ff: int = 1536  # width of the gated feed-forward layer
     max_length: int = 512  # of a row; the position table has no parameters
+    learned_position_scale: bool = True  # of the position table; else it keeps its initial value
     dropout: float = 0.0  # pre-training runs without (as in the study); fine-tuning sets 0.1
 
 
@@ -66,8 +67,8 @@ class T5Config:
 
 SIZES = {
     "bert": {
-        "tiny": dict(n_layers=4, d_model=128, n_heads=4, d_ff=256),
-        "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=1024),
+        "tiny": dict(n_layers=4, d_model=128, n_heads=4, d_ff=256, learned_position_scale=False),
+        "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=1024, learned_position_scale=False),
         "base": dict(n_layers=16, d_model=768, n_heads=12, d_ff=1536),
     },
     "t5": {
@@ -275,9 +276,14 @@ def sinusoidal_positions(length, width):
 
 
 class BERT(LanguageModel):
-    """Crammed BERT: pre-norm, no biases, gated GELU, sinusoidal positions with one learned scale, a
-    linear head on the masked positions only, decoder tied to the embedding. At base it has
-    120,179,713 parameters, the tied matrix counted once.
+    """Crammed BERT: pre-norm, no biases, gated GELU, sinusoidal positions times one scale, a linear
+    head on the masked positions only, decoder tied to the embedding. At base it has 120,179,713
+    parameters, the tied matrix counted once.
+
+    At base the scale is learned, as in the study. As long as no layer attends to neighbours,
+    positions are noise, and the gradient shrinks the scale; Adam's steps, which are as large as the
+    rate, bring one number to zero in some hundred updates. Then no layer sees positions, and BERT
+    may stay a bag of words for all of a short run. So tiny and small keep its initial value.
 
     A batch also holds `positions` (B, P) int64, the columns to predict. Pre-training has no
     attention mask: its rows are full, and attention crosses document borders, as in the study.
@@ -286,7 +292,11 @@ class BERT(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))  # tied
-        self.position_scale = nn.Parameter(torch.empty(()))
+        scale = torch.tensor(config.d_model**-0.5)
+        if config.learned_position_scale:
+            self.position_scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("position_scale", scale)
         # Not among the saved weights: it is the same for every model of this shape.
         positions = sinusoidal_positions(config.max_length, config.d_model)
         self.register_buffer("position_table", positions, persistent=False)
@@ -306,17 +316,15 @@ class BERT(LanguageModel):
     def initialise(self):
         """Every matrix N(0, 0.02^2) at the study's width of 768, not scaled with depth. At width C
         the deviation is sqrt(768 / C) times as large, so that a narrow model's activations start as
-        large as base's. Norms 1 and 0; the position scale C^-1/2."""
+        large as base's. Norms 1 and 0."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=self.initial_std)
-            elif name == "position_scale":
-                nn.init.constant_(parameter, self.config.d_model**-0.5)
             elif name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
             elif name.endswith("norm.bias"):
                 nn.init.zeros_(parameter)
-            else:
+            elif name != "position_scale":
                 raise AssertionError(f"no initial value is defined for {name}")
 
     def embed(self, tokens):

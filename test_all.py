@@ -1621,7 +1621,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
 
     def poisoned(self, batch, layers):  # the loss is finite, its gradient is not
         if self.clock.updates == 2:
-            self.model.position_scale.register_hook(lambda gradient: gradient * math.inf)
+            self.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
         return loss(self, batch, layers)
 
     monkeypatch.setattr(Method, "loss", poisoned)
@@ -4207,7 +4207,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         "| 100 | 800 | 1 | 0.01 | 2 | 2 |",
         "\n1 comparisons: beyond its own interval none; beyond intervals that hold together (B",
         "commits: abc",
-        "\nbaseline: batch 64, beta1 ",
+        "\nbaseline: batch 32, beta1 ",
         "| method | glue rte accuracy |",
         "| baseline | 61.0 ± 14.1 (2 pre-trainings), best 71.0 ± 14.1 (2 pre-trainings) |",
         "| stacking | 81.0 ± 1.4 (2 fine-tunings), best 91.0 ± 1.4 (2 fine-tunings) |",

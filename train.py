@@ -87,7 +87,7 @@ class Config:
     vocabulary: int = setting(None, "tokens (8192; tiny: 1024; base: 32768, 32128)", minimum=1)
     row_length: int = setting(None, "tokens read of a row (128; t5: 512; tiny: 32, 64)", minimum=8)
     mask_share: float = setting(
-        None, "share of tokens predicted (0.15; tiny bert: 0.3)", minimum=0.01, maximum=MOST_MASKS
+        None, "share of tokens predicted (0.15; tiny: 0.3)", minimum=0.01, maximum=MOST_MASKS
     )
     holdout: float = setting(0.2, "share of rows that none trains on", minimum=0, maximum=0.99)
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
@@ -143,7 +143,9 @@ SIZE_DEFAULTS = {
         "base": dict(vocabulary=32768, row_length=128, validation_rows=10_000, reference="rtx3090"),
     },
     "t5": {
-        "tiny": dict(vocabulary=TINY_VOCABULARY, row_length=64, validation_rows=1000),
+        "tiny": dict(
+            vocabulary=TINY_VOCABULARY, row_length=64, mask_share=0.3, validation_rows=1000
+        ),
         "small": dict(vocabulary=8192, row_length=512, validation_rows=1000, reference="a100"),
         "base": dict(vocabulary=32128, row_length=512, validation_rows=10_000, reference="a100"),
     },

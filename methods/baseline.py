@@ -74,7 +74,7 @@ class Method:
             "base": dict(batch=1536, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01,
                          clip=0.5, schedule="one_cycle", rms_scaling=False),
             "small": dict(batch=32, lr=1e-3),
-            "tiny": dict(batch=64, lr=4e-3),
+            "tiny": dict(batch=32, lr=4e-3),
         },
         "t5": {  # base is nanoT5's, as in the study
             "base": dict(batch=144, lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.0,

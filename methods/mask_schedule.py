@@ -30,7 +30,10 @@ class MaskSchedule(Method):
         ),
         "steps": Option(6, "shares that a run has (t5: 4)", minimum=2),
     }
-    defaults = {"bert": {"tiny": dict(first_multiple=1.5)}, "t5": {"base": dict(steps=4)}}
+    defaults = {
+        "bert": {"tiny": dict(first_multiple=1.5)},
+        "t5": {"base": dict(steps=4), "tiny": dict(first_multiple=1.5)},
+    }
     turned_off = {model: dict(first_multiple=1.0) for model in ("bert", "t5")}
 
     def __init__(self, *arguments):

@@ -58,11 +58,11 @@ class SelectiveBackprop(Method):
     # hardly a row would rank high among them: at every size the history spans as many batches as at
     # base (3.3 of BERT's, as in the study; 35 of T5's).
     defaults = {
-        "bert": {"small": dict(loss_history=104), "tiny": dict(loss_history=26)},
+        "bert": {size: dict(loss_history=104) for size in ("small", "tiny")},
         "t5": {
             "base": dict(selection_batch=STUDY_MICRO_BATCH["t5"]),
             "small": dict(loss_history=555),
-            "tiny": dict(loss_history=278),
+            "tiny": dict(loss_history=555),
         },
     }
     turned_off = {model: dict(beta=0.0) for model in ("bert", "t5")}

@@ -1,8 +1,9 @@
-"""When does BERT's attention find its neighbours? Trains as train.py does, with its flags, and
-writes a CSV: at each validation the loss, and for every head the mean share of its attention that
-goes to the token before and to the token behind.
+"""When does BERT's attention find its neighbours? Trains as train.py does, with its flags and with
+the scale of its positions fixed, as at size tiny, or learned, as at base, and writes a CSV: at each
+validation the loss, and for every head the mean share of its attention that goes to the token
+before and to the token behind.
 
-    python results/plateau.py FILE.csv --data=english --budget_hours=0.2 --validations=24
+    python results/plateau.py learned FILE.csv --data=english --budget_steps=7000 --validations=28
 """
 
 import csv
@@ -16,6 +17,8 @@ import train  # before torch, as rst.py asks
 # isort: split
 
 import torch
+
+import model as models
 
 ROWS = 200  # of the validation set
 
@@ -54,11 +57,15 @@ class Watched(train.Training):
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1], "w", newline="") as file:
+    scale, path, *flags = sys.argv[1:]
+    models.SIZES["bert"]["tiny"]["learned_position_scale"] = {"learned": True, "fixed": False}[
+        scale
+    ]
+    with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(
             "update rows validation_loss position_scale embedding_std layer head before "
             "behind".split()
         )
         train.Training = Watched
-        train.main(sys.argv[2:])
+        train.main(flags)
