@@ -292,7 +292,7 @@ class BERT(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))  # tied
-        scale = torch.tensor(config.d_model**-0.5)
+        scale = torch.full((), config.d_model**-0.5)
         if config.learned_position_scale:
             self.position_scale = nn.Parameter(scale)
         else:

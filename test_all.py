@@ -2948,7 +2948,7 @@ def test_mask_schedule_predicts_less_and_less(started):
 
 
 def test_mask_schedule_of_t5_keeps_the_raw_row(started):
-    flags = "--row_length=128 --first_multiple=2 --steps=3"
+    flags = "--row_length=128 --mask_share=0.15 --first_multiple=2 --steps=3"
     method, part, _ = started("mask_schedule", "t5", flags)
     corpus, positions = part.corpus, np.arange(3)
     indices = corpus.row_indices(positions)
