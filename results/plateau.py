@@ -1,9 +1,13 @@
-"""When does BERT's attention find its neighbours? Trains as train.py does, with its flags and with
-the scale of its positions fixed, as at size tiny, or learned, as at base, and writes a CSV: at each
-validation the loss, and for every head the mean share of its attention that goes to the token
-before and to the token behind.
+"""When does BERT's attention find its neighbours?
 
     python results/plateau.py learned FILE.csv --data=english --budget_steps=7000 --validations=28
+    python results/plateau.py fixed FILE.csv ...
+    python results/plateau.py draw FIGURE.svg FILE.csv FILE.csv ...
+
+The first two train as train.py does, with its flags, and with the scale of BERT's positions
+learned, as at size base, or fixed, as at tiny. The CSV has, of each validation, the loss, that
+scale and, for every head, the mean share of its attention that goes to the token before and to the
+one behind.
 """
 
 import csv
@@ -20,6 +24,7 @@ import torch
 
 import model as models
 
+COLUMNS = "update rows validation_loss position_scale embedding_std layer head before behind"
 ROWS = 200  # of the validation set
 
 
@@ -40,32 +45,53 @@ def neighbour_shares(bert, batch):
     return found
 
 
-class Watched(train.Training):
-    """A run that also looks at its attention when it validates."""
+def watch(path, flags):
+    """Trains, and writes the CSV."""
 
-    def validate(self):
-        super().validate()
-        batch = next(self.corpus.validation_batches(ROWS))
-        scale = self.model.position_scale.item()
-        embedding = self.model.embedding.std().item()
-        for layer, head, before, behind in neighbour_shares(self.model, batch):
-            rows.writerow(
-                [self.clock.updates, self.counters.rows, self.counters.validation_loss]
-                + [scale, embedding, layer, head, before, behind]
-            )
-        file.flush()
+    class Watched(train.Training):
+        def validate(self):
+            super().validate()
+            batch = next(self.corpus.validation_batches(ROWS))
+            of_model = [self.model.position_scale.item(), self.model.embedding.std().item()]
+            counters = [self.clock.updates, self.counters.rows, self.counters.validation_loss]
+            for shares in neighbour_shares(self.model, batch):
+                rows.writerow([*counters, *of_model, *shares])
+            file.flush()
+
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS.split())
+        train.Training = Watched
+        train.main(flags)
+
+
+def draw(figure_path, paths):
+    """Over the rows that were read: the loss, the scale of the positions, and the largest share of
+    a head's attention that goes to one neighbour."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(3, sharex=True, figsize=(7, 8))
+    for path in map(Path, paths):
+        curves = {}
+        for row in csv.DictReader(path.open()):
+            place, share = int(row["rows"]), max(float(row["before"]), float(row["behind"]))
+            largest = max(share, curves[place][2] if place in curves else 0)
+            curves[place] = float(row["validation_loss"]), float(row["position_scale"]), largest
+        for axes, values in zip(panels, zip(*curves.values())):
+            axes.plot(list(curves), values, label=path.stem)
+    labels = "validation loss (nats)", "scale of the positions", "largest attention to a neighbour"
+    for axes, label in zip(panels, labels):
+        axes.set(ylabel=label)
+    panels[-1].set(xlabel="rows trained on")
+    panels[0].legend()
+    figure.savefig(figure_path, bbox_inches="tight", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    scale, path, *flags = sys.argv[1:]
-    models.SIZES["bert"]["tiny"]["learned_position_scale"] = {"learned": True, "fixed": False}[
-        scale
-    ]
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(
-            "update rows validation_loss position_scale embedding_std layer head before "
-            "behind".split()
-        )
-        train.Training = Watched
-        train.main(flags)
+    task, path, *rest = sys.argv[1:]
+    if task == "draw":
+        draw(path, rest)
+    else:
+        learned = {"learned": True, "fixed": False}[task]
+        models.SIZES["bert"]["tiny"]["learned_position_scale"] = learned
+        watch(path, rest)
