@@ -2512,7 +2512,7 @@ def test_evaluation_weights_are_validated_and_saved_and_do_not_disturb(
     assert [record["loss"] for record in one[0]] == [record["loss"] for record in other[0]]
     whole, model = weights_of(tmp_path / "baseline"), models.load(tmp_path / "halved" / "model.pt")
     assert all(torch.equal(own, whole[name] / 2) for name, own in model.named_parameters())
-    corpus = Corpus(corpus_folder, row_length=32, validation_rows=20)
+    corpus = Corpus(corpus_folder, row_length=32, validation_rows=20, mask_share=0.3)
     loss = other[1][-1]["validation_loss"]
     assert train.validate(model, corpus, 6) == pytest.approx(loss, rel=1e-6)
     assert one[1][-1]["validation_loss"] != loss
