@@ -1,22 +1,39 @@
 #!/bin/sh
-# Every run of results/: sh results/study.sh, from the project's folder, goes on where it was
-# stopped. It takes a day of two cores, two runs at a time, a thread each.
+# Every run of results/. From the project's folder, `sh results/study.sh` goes on where it was
+# stopped. It takes a day and a half of two cores, two runs at a time, a thread each.
 set -e
 python=${PYTHON:-python}
 study() { $python study.py --at_once=2 --threads=1 "$@"; }
+adamw=stacking,layer_drop,selective_backprop,rho,token_rho,muon,wsd,lawa,length_warmup,mask_schedule
+adamw=$adamw,token_dropping,schedule_free
+
+# Tuning: five rates of every method, each twice the one before, one seed. The best ones are the
+# defaults of size tiny: python report.py runs/*steps* --csv=results/tuning.csv
+tune() { study --data=pydocs --seeds=0 --budgets= --models=$1 --budget_steps=$2 --methods=$3 --lrs=$4; }
+rates=1e-3,2e-3,4e-3,8e-3,1.6e-2
+tune bert 2500 baseline $rates
+tune bert 2500 $adamw $rates
+tune bert 2500 lion 1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3
+tune bert 2500 sophia 2.5e-4,5e-4,1e-3,2e-3,4e-3
+rates=5e-3,1e-2,2e-2,4e-2,8e-2
+tune t5 1250 baseline $rates
+tune t5 1250 $adamw $rates
+tune t5 1250 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
+tune t5 1250 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
+
+# The study: hours of one thread of the machine that the reference file names, which was made by
+# python rst.py --threads=1 --repeats=40 --save=results/one-thread.json, the other core busy.
 seven=baseline,stacking,layer_drop,selective_backprop,rho,lion,sophia
 newer=muon,schedule_free,wsd,lawa,token_rho,length_warmup,mask_schedule,token_dropping
-new_adamw=muon,schedule_free,wsd,lawa,length_warmup,mask_schedule,token_dropping
-
-# Tuning: five rates for every method, a factor of two apart, one seed.
-tune() { model=$1 steps=$2; shift 2; study --models=$model --seeds=0 --budget_steps=$steps --budgets= --data=pydocs "$@"; }
-rates=1e-3,2e-3,4e-3,8e-3,1.6e-2
-tune bert 2500 --lrs=$rates --methods=baseline
-tune bert 2500 --lrs=$rates --methods=stacking,layer_drop,selective_backprop,rho,token_rho,$new_adamw
-tune bert 2500 --lrs=1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3 --methods=lion
-tune bert 2500 --lrs=2.5e-4,5e-4,1e-3,2e-3,4e-3 --methods=sophia
-rates=5e-3,1e-2,2e-2,4e-2,8e-2
-tune t5 1250 --lrs=$rates --methods=baseline
-tune t5 1250 --lrs=$rates --methods=stacking,layer_drop,selective_backprop,rho,token_rho,$new_adamw
-tune t5 1250 --lrs=7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2 --methods=lion
-tune t5 1250 --lrs=1.25e-3,2.5e-3,5e-3,1e-2,2e-2 --methods=sophia
+hours() { study --reference=results/one-thread.json --data=$1 --models=$2 --seeds=$3 --budgets=$4 --methods=$5; }
+for seed in 0 1 2; do  # all methods of a seed close together: the machine may change
+    hours pydocs bert $seed 0.1 $seven,$newer
+    hours pydocs bert $seed 0.033 $seven
+    hours pydocs bert $seed 0.011 baseline  # shorter and longer ones, to read speed-ups off
+    hours pydocs bert $seed 0.6 baseline
+    hours pydocs bert $seed 0.3 $seven
+    hours pydocs t5 $seed 0.1 $seven,$newer
+    hours pydocs t5 $seed 0.033,0.6 baseline
+    hours pydocs t5 $seed 0.3 $seven
+    hours english bert $seed 0.1 $seven
+done
