@@ -508,8 +508,8 @@ def comparisons(table):
         return ""
     together = exceeding(1 - 0.05 / count)
     return (
-        f"{count} comparisons: beyond its own interval {exceeding(0.95)}; beyond intervals that "
-        f"hold together (Bonferroni) {together}"
+        f"comparisons: {count}; beyond its own interval: {exceeding(0.95)}; beyond intervals that "
+        f"hold together (Bonferroni): {together}"
     )
 
 

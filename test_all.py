@@ -4204,7 +4204,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |",
         "| lion | 0 | – | – | – |",
         "| 100 | 800 | 1 | 0.01 | 2 | 2 |",
-        "\n1 comparisons: beyond its own interval none; beyond intervals that hold together (B",
+        "\ncomparisons: 1; beyond its own interval: none; beyond intervals that hold together (B",
         "commits: abc",
         "\nbaseline: batch 32, beta1 ",
         "| method | glue rte accuracy |",

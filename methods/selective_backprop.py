@@ -61,8 +61,7 @@ class SelectiveBackprop(Method):
         "bert": {size: dict(loss_history=104) for size in ("small", "tiny")},
         "t5": {
             "base": dict(selection_batch=STUDY_MICRO_BATCH["t5"]),
-            "small": dict(loss_history=555),
-            "tiny": dict(loss_history=555),
+            **{size: dict(loss_history=555) for size in ("small", "tiny")},
         },
     }
     turned_off = {model: dict(beta=0.0) for model in ("bert", "t5")}
