@@ -276,9 +276,9 @@ def sinusoidal_positions(length, width):
 
 
 class BERT(LanguageModel):
-    """Crammed BERT: pre-norm, no biases, gated GELU, sinusoidal positions times one scale (C^-1/2 at
-    first), a linear head on the masked positions only, decoder tied to the embedding. At base it
-    has 120,179,713 parameters, the tied matrix counted once.
+    """Crammed BERT: pre-norm, no biases, gated GELU, sinusoidal positions times one scale (C^-1/2
+    at first), a linear head on the masked positions only, decoder tied to the embedding. At base
+    it has 120,179,713 parameters, the tied matrix counted once.
 
     At base the scale is learned, as in the study. As long as no layer attends to neighbours,
     positions are noise, and the gradient shrinks the scale; Adam's steps, which are as large as the
