@@ -2,12 +2,16 @@
 
 A T5 trained here is read by `T5ForConditionalGeneration.from_pretrained(folder)`, and a T5 v1.1 of
 theirs (google/t5-v1_1-base) by finetune.py. Needs one more package, safetensors.
+
+    python transformers_folder.py runs/NAME FOLDER      # a finished T5 for transformers
 """
 
+import shutil
 from pathlib import Path
 
-from errors import UserError
-from model import T5, T5Config
+from errors import UserError, exits_on_user_error
+from flags import Parser
+from model import T5, T5Config, load
 from runs import read_record, read_tensors, write_json
 
 # The fields of T5Config -> those of their config.json.
@@ -162,3 +166,20 @@ def load_transformers(folder, device="cpu", **changes):
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{folder}: its weights do not fit its config.json ({reason})") from None
     return model.to(device).eval()
+
+
+@exits_on_user_error
+def main(arguments=None):
+    parser = Parser(description=__doc__, prog="transformers_folder.py")
+    parser.add_argument("run", help="the folder of a T5's run")
+    parser.add_argument("folder", help="what to write")
+    options = parser.parse_args(arguments)
+    model = load(Path(options.run) / "model.pt")
+    if not isinstance(model, T5):
+        raise UserError(f"{options.run}: a BERT; transformers has no such architecture")
+    save_transformers(model, options.folder)
+    shutil.copy(Path(options.run) / "tokenizer.model", Path(options.folder) / "spiece.model")
+
+
+if __name__ == "__main__":
+    main()
