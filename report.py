@@ -583,8 +583,14 @@ def gain(unit, trained, untrained):
 # -- Figures ---------------------------------------------------------------------------------------
 
 
+# Okabe and Ito's, which the colour-blind tell apart, but for yellow, too pale on white.
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+STYLES = [dict(color=color, linestyle=style) for style in ("-", "--", ":") for color in COLORS]
+LINE_HEIGHT = 0.055  # of a name beside the axes, as a share of their height
+
+
 class Figures:
-    """Draws into a folder, a method in one colour everywhere; `paths` are the files."""
+    """Draws into a folder, a method in one style everywhere; `paths` are the files."""
 
     def __init__(self, folder, labels):
         try:
@@ -594,38 +600,68 @@ class Figures:
         matplotlib.use("Agg")
         matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs, the same file
         matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is one
+        matplotlib.rcParams["font.size"] = 12  # readable at half the width of a page
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.paths = folder, []
-        others = sorted(set(labels) - {"baseline"})  # matplotlib has ten colours, then again
-        self.colors = {"baseline": "black"} | {name: f"C{n}" for n, name in enumerate(others)}
+        # Those that are in most tables get the plainest lines.
+        count = collections.Counter(labels)
+        others = sorted(set(labels) - {"baseline"}, key=lambda label: (-count[label], label))
+        self.styles = dict(zip(others, itertools.cycle(STYLES)))
+        self.styles["baseline"] = dict(color="black", linestyle="-")
 
     @contextlib.contextmanager
     def axes(self, name, title, **labels):
-        """New axes, saved afterwards if there is something on them."""
+        """New axes, saved afterwards if there is something on them. The background is white, also
+        where the page is dark."""
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        figure, axes = pyplot.subplots(figsize=(6.5, 4.5))
         axes.set(title=title, **labels)
+        axes.spines[["top", "right"]].set_visible(False)
         yield axes
         if axes.lines:
-            axes.legend(fontsize=8)
+            self.name_lines(axes)
             path = self.folder / f"{name}-{file_name(title)}.svg"
             with written_whole(path) as file:
                 figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
             self.paths.append(path)
         pyplot.close(figure)
 
+    def name_lines(self, axes):
+        """Each line's name right of the axes, as near to its end as there is room."""
+        named = [line for line in axes.lines if not line.get_label().startswith("_")]
+        ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in named]
+        to_axes = axes.transData + axes.transAxes.inverted()
+        wanted = [to_axes.transform(end)[1] for end in ends]
+        order = sorted(range(len(named)), key=wanted.__getitem__)
+        heights, lowest, highest = {}, -math.inf, 1.0
+        for index in order:
+            heights[index] = lowest = max(wanted[index], lowest + LINE_HEIGHT)
+        for index in reversed(order):
+            heights[index] = min(heights[index], highest)
+            highest = heights[index] - LINE_HEIGHT
+        for index, line in enumerate(named):
+            axes.annotate(
+                line.get_label(),
+                ends[index],
+                (1.06, heights[index]),
+                textcoords="axes fraction",
+                verticalalignment="center",
+                arrowprops=dict(arrowstyle="-", color=line.get_color()),
+            )
+
     def line(self, axes, label, xs, ys, name=None):
-        style = dict(marker="o", markersize=3, color=self.colors[label])
-        axes.plot(xs, ys, label=name or label, **style)
+        axes.plot(xs, ys, label=name or label, marker="o", markersize=3, **self.styles[label])
 
     def losses(self, table):
         """Validation loss over the budget: the mean of a method's seeds, and a band over all."""
         xlabel = "updates" if table.budget[1] else f"hours of {table.reference}"
         ylabel = "validation loss (nats); band: all seeds"
+        late = []  # the second half, which sets the scale: the beginning is much higher
         with self.axes("loss", table.title, xlabel=xlabel, ylabel=ylabel) as axes:
             for row in table.rows:
                 curves = [run.validations for run in row.runs if run.validations]
+                late += [loss for curve in curves for _, loss in curve[len(curve) // 2 - 1 :]]
                 if len({len(curve) for curve in curves}) != 1:  # not all were validated as often
                     for curve in curves:
                         self.line(axes, row.label, *zip(*curve))
@@ -636,25 +672,34 @@ class Figures:
                 means = list(map(statistics.mean, losses))
                 self.line(axes, row.label, spent, means, f"{row.label} ({len(curves)})")
                 lowest, highest = list(map(min, losses)), list(map(max, losses))
-                color = self.colors[row.label]
+                color = self.styles[row.label]["color"]
                 axes.fill_between(spent, lowest, highest, color=color, alpha=0.2)
+            if margin := 0.05 * (max(late, default=0) - min(late, default=0)):
+                axes.set_ylim(min(late) - margin, max(late) + margin)
 
     def by_budget(self, name, title, ylabel, points, level=None):
-        """`points`: {label: [(budget in hours, value, lowest, highest)]}; numbers may be text, as
-        "<0.5", or missing."""
+        """`points`: {label: [(budget in hours, value, lowest, highest)]}; a value may be missing.
+        What is only known to lie below or above a number, as "<0.5", is a triangle there."""
         xlabel = "budget, hours of the reference"
         with self.axes(name, title, xscale="log", xlabel=xlabel, ylabel=ylabel) as axes:
-            for label, own in points.items():
-                known = [point for point in own if isinstance(point[1], float)]
+            budgets = sorted({hours for own in points.values() for hours, *_ in own})
+            for place, (label, own) in enumerate(points.items()):
+                aside = 1 + 0.02 * (place - len(points) / 2)  # or intervals cover each other
+                known = [(hours * aside, *rest) for hours, *rest in own if rest[0] is not None]
                 if not known:
                     continue
-                self.line(axes, label, *zip(*((hours, value) for hours, value, *_ in known)))
+                self.line(
+                    axes, label, *zip(*((hours, number(value)) for hours, value, *_ in known))
+                )
+                color = self.styles[label]["color"]
                 for hours, value, *bounds in known:
                     ends = [number(value if end is None else end) for end in bounds]
-                    axes.plot([hours, hours], ends, color=self.colors[label], linewidth=1)
+                    axes.plot([hours, hours], ends, color=color, linewidth=1)
+                    if isinstance(value, str):
+                        marker = {"<": "v", ">": "^"}[value[0]]
+                        axes.plot(hours, number(value), marker, color=color, markersize=8)
             if level and axes.lines:
                 axes.axhline(level, color="black", linewidth=0.5)
-            budgets = sorted({hours for own in points.values() for hours, *_ in own})
             axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
             axes.set_xticks([], minor=True)
 
@@ -672,7 +717,7 @@ def draw(tables, records, folder):
         title = f"{family}, hours of {own[0]['reference']}"
         for column, name, ylabel, level in (
             ("validation_loss", "budgets", "final validation loss (nats)", None),
-            ("speed_up", "speed-up", "baseline's budget for the same loss / budget", 1.0),
+            ("speed_up", "speed-up", "speed-up over the baseline", 1.0),
         ):
             points = {
                 label: [
