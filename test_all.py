@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import http.server
@@ -18,6 +19,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -2427,25 +2429,43 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page, clip", [("README.md", 0.5), ("docs/methods.md", 1)])
+@pytest.mark.parametrize(
+    "page, title, flags",
+    [
+        ("README.md", "Largest loss", "--method=page+lion --candidates=4"),
+        ("docs/methods.md", "Largest loss", "--method=page+lion --candidates=4"),
+        ("docs/course.md", "Constant", "--method=page"),
+        ("docs/course.md", "Short rows with many masks first", "--method=page --shortest=0.5"),
+    ],
+)
 def test_the_pages_methods_are_complete(
-    corpus_folder, tmp_path, method_files, at_update, capsys, page, clip
+    corpus_folder, tmp_path, method_files, at_update, page, title, flags
 ):
-    """As they stand there; killed and resumed, with another option, next to one of the six."""
-    example = r"```python\n(\"\"\"Largest loss.*?)```"
-    (source,) = re.findall(example, (ROOT / page).read_text(), re.DOTALL)
-    method_files(largest_loss=source)
-    flags = "--method=largest_loss+lion --candidates=4 --budget_steps=6 --validations=1"
+    """As they stand there: killed and resumed, next to one of the six, with another option."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (source,) = (block for block in blocks if f'"""{title}' in block)
+    method_files(page=source)
+    flags += " --budget_steps=6 --validations=1"
     trained(corpus_folder, tmp_path / "plain", flags)
-    assert f"clip {clip}," in capsys.readouterr().out
     at_update({4: kill})
     with pytest.raises(Killed):
         trained(corpus_folder, tmp_path / "killed", flags, SAVING)
     train.main([f"--resume={tmp_path / 'killed'}"])
     assert_same_weights(tmp_path / "plain", tmp_path / "killed")
     one, two = (log_of(tmp_path / folder)[0] for folder in ("plain", "killed"))
-    for name in ("loss", "largest_loss"):
+    for name in ("loss", "page"):
         assert [record.get(name) for record in one] == [record.get(name) for record in two]
+
+
+def test_a_schedule_of_the_course_equals_the_flags_that_it_names(corpus_folder, method_files):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/course.md").read_text(), re.DOTALL)
+    method_files(constant=blocks[0])
+    (cls,) = methods.find("constant").classes.values()
+    options = dict(warm_up=0.2, cool_down=0.0, shape="sqrt")
+    config = SimpleNamespace(options=options)
+    for progress in np.linspace(0, 1, 101):
+        expected = wsd.WSD.schedule(SimpleNamespace(config=config), progress)
+        assert cls.schedule(None, progress) == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -4551,6 +4571,93 @@ def test_the_loop_names_no_method_and_the_readme_names_every_file():
     assert set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)) <= flags
     for name in set(methods.names()) - {"baseline"}:
         assert not re.search(rf"(?<![a-z]){name}(?![a-z])", source), name
+
+
+QUICK = "--vocabulary=512 --size=tiny --batch=6 --validation_rows=20 --device=cpu --threads=1"
+QUICK += " --budget_steps=3 --validations=1"
+# What the pages' programs are here, and flags that make them quick.
+PROGRAMS = {
+    "bench.py": (bench.main, ""),
+    "data/prepare.py": (prepare.main, "--vocabulary=300"),
+    "finetune.py": (finetune.main, "--seeds=0 --epochs=1 --batch=4 --max_length=64 --threads=1"),
+    "report.py": (report.main, ""),
+    "rst.py": (rst.main, "--repeats=1 --threads=1 --device=cpu"),
+    "sample.py": (sample.main, ""),
+    "study.py": (study.main, f"{QUICK} --seeds=0"),
+    "train.py": (train.main, QUICK),
+    "transformers_folder.py": (transformers_folder.main, ""),
+}
+
+
+def commands_of(page):
+    """Of its blocks, and of its text in `backquotes`. (Those that install or test: `.ci/run`.)"""
+    text = (ROOT / page).read_text()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    quoted = re.findall(r"`((?:\S+/)?(?:python|torchrun) [^`]+)`", text)
+    lines = [*blocks.splitlines(), *quoted]
+    return [line for line in lines if not re.search(r"pip install|-m pytest", line)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    dict.fromkeys(
+        line
+        for page in ("README.md", "docs/course.md", "docs/reference_time.md")
+        for line in commands_of(page)
+    ),
+)
+def test_the_pages_commands_run(
+    corpus_folder, t5_folder, finished_runs, tmp_path, monkeypatch, line
+):
+    """In this process and in seconds: little text, narrow models, a few updates. (Of bench.py the
+    flags only.)"""
+    for owner in (runs, prepare):
+        monkeypatch.setattr(owner, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study.Launcher, "run", lambda launcher, flags: train.main(flags))
+    monkeypatch.setattr(sni, "INSTANCES", 4)
+    nothing = (lambda repeats, **options: None), 1
+    monkeypatch.setattr(bench, "BENCHES", dict.fromkeys(bench.BENCHES, nothing))
+    for model, folder in (("bert", corpus_folder), ("t5", t5_folder)):
+        monkeypatch.setitem(models.SIZES[model], "tiny", NARROW)
+        for name in ("pydocs", "english"):
+            shutil.copytree(folder, tmp_path / "data" / name / f"{model}-512")
+    for shard in range(8):
+        place = tmp_path / "texts" / f"c4-train.{shard:05d}-of-01024.json.gz"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(gzip.compress((corpus_folder.parent / "text.jsonl").read_bytes()))
+    mine = {"name": "mine", "probe_seconds": {"bert": 1.0, "t5": 1.0}, "provenance": "a test"}
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+
+    words = shlex.split(re.sub(r"^timeout \d+ | --nproc_per_node=\d+", "", line), comments=True)
+    program, words = words[1], words[2:]
+    main, quick = PROGRAMS[program]
+    model = "t5" if program == "transformers_folder.py" else "bert"
+    shutil.copytree(finished_runs[model], tmp_path / "runs" / "NAME")
+    shutil.copytree(finished_runs[model], tmp_path / "runs" / "some-1000steps")
+    words = [
+        file
+        for word in words
+        for file in ([word] if word.startswith("-") else glob.glob(word) or [word])
+    ]
+    if {"--help", "--resume=runs/NAME"} & {*words}:
+        quick = ""
+        (tmp_path / "runs" / "NAME" / "result.json").unlink()
+    server = serve(tmp_path / "texts")
+    if "c4" in words:
+        monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+        quick += f" --base_url=http://127.0.0.1:{server.server_port}"
+    if program == "finetune.py":
+        quick += f" --data_dir={glue_files(tmp_path / 'glue')}"
+    if "--budget_steps" in quick:
+        words = [word for word in words if not word.startswith("--budget")]
+    try:
+        main([*words, *quick.split()])
+    except SystemExit as stopped:
+        assert not stopped.code
+    finally:
+        server.shutdown()
 
 
 def test_every_class_and_hook_has_a_docstring():
