@@ -4447,7 +4447,9 @@ def test_the_tables_of_results_are_the_reports(tmp_path, capsys):
 
 @pytest.mark.skipif(not (ROOT / "results" / "tuning.csv").exists(), reason="not made yet")
 def test_tinys_rates_are_the_best_of_five_trials():
-    """Each method's default rate is the best of its trials, with a worse one on both sides."""
+    """Each method's default rate is the best of its trials, with a worse one on both sides; and the
+    page has them all."""
+    page = (ROOT / "results" / "README.md").read_text()
     trials = collections.defaultdict(dict)
     with open(ROOT / "results" / "tuning.csv", newline="") as file:
         for record in csv.DictReader(file):
@@ -4460,6 +4462,8 @@ def test_tinys_rates_are_the_best_of_five_trials():
         best = min(losses, key=losses.get)
         assert methods.find(method).defaults(model, "tiny")["lr"] == best, (model, method)
         assert len(losses) >= 5 and min(losses) < best < max(losses), (model, method)
+        cells = (f"{lr:g}: {'**' * (lr == best)}{losses[lr]:.4f}{'**' * (lr == best)}" for lr in sorted(losses))
+        assert f"| {model} | {method} | {' | '.join(cells)} |" in page
 
 
 def test_report_reads_real_runs(finished_runs, capsys):
