@@ -4462,7 +4462,8 @@ def test_tinys_rates_are_the_best_of_five_trials():
         best = min(losses, key=losses.get)
         assert methods.find(method).defaults(model, "tiny")["lr"] == best, (model, method)
         assert len(losses) >= 5 and min(losses) < best < max(losses), (model, method)
-        cells = (f"{lr:g}: {'**' * (lr == best)}{losses[lr]:.4f}{'**' * (lr == best)}" for lr in sorted(losses))
+        bold = {lr: "**" * (lr == best) for lr in losses}
+        cells = (f"{lr:g}: {bold[lr]}{losses[lr]:.4f}{bold[lr]}" for lr in sorted(losses))
         assert f"| {model} | {method} | {' | '.join(cells)} |" in page
 
 
