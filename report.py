@@ -586,7 +586,33 @@ def gain(unit, trained, untrained):
 # Okabe and Ito's, which the colour-blind tell apart, but for yellow, too pale on white.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 STYLES = [dict(color=color, linestyle=style) for style in ("-", "--", ":") for color in COLORS]
-LINE_HEIGHT = 0.055  # of a name beside the axes, as a share of their height
+FONT_SIZE = 12  # points: readable at half the width of a page
+
+
+def name_lines(axes):
+    """Each line's name right of the axes, as near to its end as there is room."""
+    axes.autoscale_view()  # or the limits are set later only
+    named = [line for line in axes.lines if not line.get_label().startswith("_")]
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in named]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [to_axes.transform(end)[1] for end in ends]
+    order = sorted(range(len(named)), key=wanted.__getitem__)
+    line_height = 1.25 * FONT_SIZE / 72 / (axes.bbox.height / axes.figure.dpi)  # 72 points an inch
+    heights, lowest, highest = {}, -math.inf, 1.0
+    for index in order:
+        heights[index] = lowest = max(wanted[index], lowest + line_height)
+    for index in reversed(order):
+        heights[index] = min(heights[index], highest)
+        highest = heights[index] - line_height
+    for index, line in enumerate(named):
+        axes.annotate(
+            line.get_label(),
+            ends[index],
+            (1.06, heights[index]),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            arrowprops=dict(arrowstyle="-", color=line.get_color()),
+        )
 
 
 class Figures:
@@ -600,7 +626,7 @@ class Figures:
         matplotlib.use("Agg")
         matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs, the same file
         matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is one
-        matplotlib.rcParams["font.size"] = 12  # readable at half the width of a page
+        matplotlib.rcParams["font.size"] = FONT_SIZE
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.paths = folder, []
         # Those that are in most tables get the plainest lines.
@@ -620,35 +646,12 @@ class Figures:
         axes.spines[["top", "right"]].set_visible(False)
         yield axes
         if axes.lines:
-            self.name_lines(axes)
+            name_lines(axes)
             path = self.folder / f"{name}-{file_name(title)}.svg"
             with written_whole(path) as file:
                 figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
             self.paths.append(path)
         pyplot.close(figure)
-
-    def name_lines(self, axes):
-        """Each line's name right of the axes, as near to its end as there is room."""
-        named = [line for line in axes.lines if not line.get_label().startswith("_")]
-        ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in named]
-        to_axes = axes.transData + axes.transAxes.inverted()
-        wanted = [to_axes.transform(end)[1] for end in ends]
-        order = sorted(range(len(named)), key=wanted.__getitem__)
-        heights, lowest, highest = {}, -math.inf, 1.0
-        for index in order:
-            heights[index] = lowest = max(wanted[index], lowest + LINE_HEIGHT)
-        for index in reversed(order):
-            heights[index] = min(heights[index], highest)
-            highest = heights[index] - LINE_HEIGHT
-        for index, line in enumerate(named):
-            axes.annotate(
-                line.get_label(),
-                ends[index],
-                (1.06, heights[index]),
-                textcoords="axes fraction",
-                verticalalignment="center",
-                arrowprops=dict(arrowstyle="-", color=line.get_color()),
-            )
 
     def line(self, axes, label, xs, ys, name=None):
         axes.plot(xs, ys, label=name or label, marker="o", markersize=3, **self.styles[label])

@@ -23,6 +23,7 @@ import train  # before torch, as rst.py asks
 import torch
 
 import model as models
+import report
 
 COLUMNS = "update rows validation_loss position_scale embedding_std layer head before behind"
 ROWS = 200  # of the validation set
@@ -70,20 +71,23 @@ def draw(figure_path, paths):
     a head's attention that goes to one neighbour."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(3, sharex=True, figsize=(7, 8))
-    for path in map(Path, paths):
+    pyplot.rcParams |= {"svg.hashsalt": "plateau", "font.size": report.FONT_SIZE}
+    figure, panels = pyplot.subplots(3, sharex=True, figsize=(6, 8))
+    for path, color in zip(map(Path, paths), report.COLORS):
         curves = {}
         for row in csv.DictReader(path.open()):
             place, share = int(row["rows"]), max(float(row["before"]), float(row["behind"]))
             largest = max(share, curves[place][2] if place in curves else 0)
             curves[place] = float(row["validation_loss"]), float(row["position_scale"]), largest
         for axes, values in zip(panels, zip(*curves.values())):
-            axes.plot(list(curves), values, label=path.stem)
-    labels = "validation loss (nats)", "scale of the positions", "largest attention to a neighbour"
+            axes.plot(list(curves), values, color=color, label=path.stem.replace("-", " "))
+    labels = "validation loss (nats)", "scale of the positions", "attention to a neighbour"
     for axes, label in zip(panels, labels):
         axes.set(ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        report.name_lines(axes)
     panels[-1].set(xlabel="rows trained on")
-    panels[0].legend()
+    panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(figure_path, bbox_inches="tight", metadata={"Date": None})
 
 
