@@ -8,8 +8,9 @@
 Every run is a folder: config.json, log.jsonl, checkpoint.pt, model.pt (weights only), the
 tokenizer, result.json (written last). The log has an object for each validation and each update:
 its loss, lr (of groups whose peak is --lr), gradient_norm (before clipping), rows, progress (when
-it began), charged_seconds of the reference and free_seconds of this machine, the factor in force,
-skipped (a gradient overflowed in fp16), compilations, and under each method's name its report.
+it began), charged_seconds of the reference (spent_seconds: of all updates so far) and free_seconds
+of this machine, the factor in force, skipped (a gradient overflowed in fp16), compilations, and
+under each method's name its report.
 """
 
 import argparse
@@ -619,7 +620,8 @@ class Training:
                 if not skipped:
                     method.after_step()
                 report = method.report()  # of this update: the clock moves on when it ends
-                # Every process stops and saves if one of them is to: in the clock's message.
+                # If one process is to stop or to save, all are: the clock makes these the largest
+                # of all processes.
                 largest += [stop.number, time.perf_counter() >= checkpoint_due]
             stop_signal, save_now = largest
 

@@ -40,8 +40,8 @@ class Method:
         defaults: {model: {size: {flag: value}}}, of common flags and its own options. A size has
             those of "base" and over them its own; all of them go over the baseline's.
         models, dtypes: the models that it is for, and the precisions that it trains in.
-        turned_off: {model: {option: value}}, all set at once, that train what the baseline trains
-            in as many updates, bit for bit, where there are any.
+        turned_off: {model: {option: value}}, if it can be turned off: options that, all set so,
+            make it the baseline, with the same weights after as many updates, bit for bit.
     What it may use:
         self.model: its `layers` (T5: pairs of an encoder's and a decoder's), `present_layers`
             (those that it has now), `loss`, `token_losses` and `logits`;

@@ -11,8 +11,8 @@ can still teach. Of a mega-batch of candidates the rows with the largest differe
     train on the `batch` rows with the largest scores; the others are gone
 
 Cost: with two candidates for every row about 1 + 2/3 of an update, with ten about 1 + 10/3, for the
-losses of the training model. As in the study neither the irreducible-loss model, trained before the
-run, nor its losses, which are free in it, are charged; result.json reports both.
+losses of the training model. As in the study, training the irreducible-loss model before the run is
+not charged, and neither are the losses under it, a free block; result.json reports both.
 The study found: no gain over the baseline's validation loss, with three data sets. With ten
 candidates a row and free selection the loss is slightly lower, and GLUE lower, too.
 Where we differ from the release: there the loss of the training model and the irreducible loss
