@@ -715,7 +715,8 @@ def draw(tables, records, folder):
     of_hours = [record for record in records if record["budget_hours"] and record["n"]]
     for family, own in grouped(of_hours, lambda record: record["family"]).items():
         methods = grouped(own, lambda record: record["method"])
-        if max(map(len, methods.values())) < 2:
+        methods = {label: of_method for label, of_method in methods.items() if len(of_method) > 1}
+        if not methods:
             continue
         title = f"{family}, hours of {own[0]['reference']}"
         for column, name, ylabel, level in (
