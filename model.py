@@ -282,7 +282,7 @@ class BERT(LanguageModel):
 
     At base the scale is learned, as in the study. As long as no layer attends to neighbours,
     positions are noise, and the gradient shrinks the scale; Adam's steps, which are as large as the
-    rate, bring one number to zero in some hundred updates. Then no layer sees positions, and BERT
+    rate, soon bring one number to zero. Then no layer sees positions, and BERT
     may stay a bag of words for all of a short run. So tiny and small keep its initial value.
 
     A batch also holds `positions` (B, P) int64, the columns to predict. Pre-training has no

@@ -6,7 +6,7 @@
 
 A table has the runs that may be compared: of one model and size, on the same rows and tokens, under
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
-are seeds. A difference to the baseline is the mean over the seeds that both have, run by run; with
+are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
 fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its 95%
 interval is Student's, for so few runs. What is missing is shown as missing; what is unfinished or
 damaged is named.

@@ -9,8 +9,8 @@ measured: a probe, one Transformer layer at the paper's shapes, is timed on this
 
     factor = probe seconds on the reference / probe seconds here,    RST = seconds here x factor.
 
-The probe is a frozen copy that never imports model.py: faster code for the model is a gain, not an
-exchange rate. On a shared machine it is timed again and again during a run.
+The probe is a frozen copy that never imports model.py: faster model code is a gain and must not
+change the exchange rate. On a shared machine it is timed again and again during a run.
 """
 
 import collections

@@ -5,8 +5,8 @@
 
 Into a [MASK] BERT writes one token (here are the five likeliest, with their probabilities) and T5 a
 span of any length. Of a validation row you see what the model reads, what it writes and what was
-there, [in brackets] what it had to predict: BERT reads some of that as it was, or another token in
-its place. train.py ends with such a row.
+there; what it had to predict is [in brackets]. BERT reads some of that as it was, or another token
+in its place. train.py ends with such a row.
 """
 
 import itertools

@@ -5,14 +5,14 @@ Weight Averaging" (arXiv 2209.14981); on spacing and rates, Sanyal et al. 2023 (
 Idea: Late in training the weights circle around a better place. The mean of a few past copies is
 nearer to it. Training is not touched.
 
-    whenever another `interval` of the budget is spent: queue a copy of the weights, of the last k
+    whenever another `interval` of the budget is spent: add a copy of the weights to a queue of k
     validate and save the mean of the queue; the current weights until it is full
 
 Cost: 1.00, and k copies of the weights in memory and in every checkpoint (base: BERT 0.48 GB each,
 T5 0.99 GB).
-Finding: not in the study. Kaddour: BERT's intermediate losses some 30 GPU hours earlier. With a
-rate that ends at 0 there is little left to average away: a fair test has a higher rate or less
-decay (lawa+wsd --cool_down=0).
+Finding: not in the study. Kaddour: BERT reaches its intermediate losses some 30 GPU hours earlier.
+With a rate that ends at 0 there is little left to average away: a fair test has a higher rate or
+less decay (lawa+wsd --cool_down=0).
 Where we differ: copies are spaced by the budget, not by epochs, over 1% of it by default (Ajroldi
 et al. 2025 find that near the best). The queue is emptied when the model grows.
 """

@@ -3,7 +3,7 @@
 Paper: Ankner et al. 2024, "Dynamic Masking Rate Schedules for MLM Pretraining" (EACL, arXiv
 2305.15096); on high rates, Wettig et al. 2023, "Should You Mask 15% in Masked Language Modeling?"
 (arXiv 2202.08005).
-Idea: Many masks are much signal an update and little context; few are the reverse. Start with the
+Idea: Many masks give much signal per update and little context; few do the reverse. Start with the
 one, end with the other.
 
     share of predicted tokens = mask_share (first + (1 - first) p)    p: share of the budget spent

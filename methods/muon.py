@@ -3,8 +3,8 @@
 Paper: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
 (kellerjordan.github.io/posts/muon); the scale of the step is Liu et al. 2025, "Muon is Scalable for
 LLM Training" (arXiv 2502.16982).
-Idea: The update of a weight matrix is dominated by few directions. Made orthogonal, all of its
-directions are equally long, and rare ones are learnt, too. Five Newton-Schulz steps, matrix
+Idea: The update of a weight matrix is dominated by few directions. Once it is orthogonal, all of
+its directions are equally long, and rare ones are learnt, too. Five Newton-Schulz steps, matrix
 products only, come close enough.
 
     B <- mu B + (1 - mu) g;    U = mu B + (1 - mu) g                   (Nesterov)

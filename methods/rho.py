@@ -3,8 +3,9 @@
 Paper: Mindermann et al. 2022, "Prioritized Training on Points that are Learnable, Worth Learning,
 and Not Yet Learnt" (ICML).
 Idea: A second model, trained on other data (the holdout), knows how hard a row is for whoever has
-learnt the language: its irreducible loss. What the training model loses beyond that is what the row
-can still teach. Of a mega-batch of candidates the rows with the largest difference are trained on.
+learnt the language: its irreducible loss. The training model's loss in excess of that is what the
+row can still teach. Of a mega-batch of candidates the rows with the largest difference are trained
+on.
 
     candidates: the next mega_batch_factor x batch rows of the stream
     score = loss of the training model - loss of the irreducible-loss model, on the same masked row
@@ -14,7 +15,7 @@ Cost: with two candidates for every row about 1 + 2/3 of an update, with ten abo
 losses of the training model. As in the study, training the irreducible-loss model before the run is
 not charged, and neither are the losses under it, a free block; result.json reports both.
 The study found: no gain over the baseline's validation loss, with three data sets. With ten
-candidates a row and free selection the loss is slightly lower, and GLUE lower, too.
+candidates per row and free selection the loss is slightly better (lower), but GLUE is worse.
 Where we differ from the release: there the loss of the training model and the irreducible loss
 belong to different masks of a row, and by the documented commands to different rows; here the
 irreducible-loss model scores each candidate when it is drawn. The scoring pass predicts the masked

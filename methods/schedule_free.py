@@ -2,7 +2,8 @@
 
 Paper: Defazio et al. 2024, "The Road Less Scheduled" (NeurIPS, arXiv 2405.15682).
 Idea: Gradients are taken at y, between fast weights z and their running average x; x is what is
-evaluated. The average does what a decaying rate does, at any time, so no end needs to be known.
+evaluated. At any time the average does what a decaying rate would, so the run's length need not be
+known.
 
     v <- beta2 v + (1 - beta2) g^2;    d = g / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay y
     z <- z - lr d;    c = lr_max^2 / (sum of lr_max^2)

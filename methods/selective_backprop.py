@@ -16,7 +16,7 @@ Cost: 1 + beta candidates for every row that is trained on: with beta 1 about 1 
 The study found: no gain over the baseline's validation loss, with three data sets; tuned beta over
 1, 2, 3, chose 1.
 Where we differ from the release: the scoring pass predicts the masked positions only (there all of
-them: 1.82 updates in place of 1.67), a T5 can have it, and the last validation never gets lost. The
+them: 1.82 updates in place of 1.67), T5 can use it, too, and the last validation is never lost. The
 original's history has 1,024 losses, its exponent is 3, and it selects nothing in the first pass
 over the data; as in the study there is no such phase, because a run sees its data less than once.
 """

@@ -11,7 +11,7 @@ Where the estimate is small or out of date, the clipping makes the step that of 
     every `hessian_interval` updates:
         draw labels y ~ softmax(logits) for the B predicted tokens
         g^ = gradient of the mean cross-entropy to y, clipped to a norm of `hessian_clip`
-        h <- beta2 h + (1 - beta2) B g^2
+        h <- beta2 h + (1 - beta2) B (g^)^2
 
 Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5%
 and 10%.

@@ -2,7 +2,7 @@
 
 Paper: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking" (ICML).
 Idea: Layers of a trained Transformer resemble each other, so a model of twice the depth that starts
-from two copies of a shallow one is a better start than random weights. Early updates of a shallow
+from two copies of a shallow one begins ahead of one with random weights. Early updates of a shallow
 model are also cheaper. Here the depth doubles twice: 4, 8, 16 layers of BERT, 3, 6, 12 of T5's two
 stacks.
 

@@ -2,8 +2,8 @@
 
 Paper: Hou et al. 2022, "Token Dropping for Efficient BERT Pretraining" (ACL, arXiv 2203.13240); for
 T5 the form of Yao et al. 2022, "Random-LTD" (arXiv 2211.11586).
-Idea: Frequent tokens are soon learnt. Half of a row skips the middle layers until the last one,
-but in the last tenth of the budget.
+Idea: Frequent tokens are soon learnt. Half of a row's tokens skip the middle layers and
+rejoin at the last one, except in the last tenth of the budget.
 
     BERT, L layers: 0 ... L/2 - 2 read all tokens; in L/2 - 1 the kept ones attend to all;
         L/2 ... L - 2 read the kept ones alone; L - 1 all. Kept are a row's K most important, and
@@ -11,7 +11,8 @@ but in the last tenth of the budget.
         importance[id] <- 0.995 importance[id] + 0.005 (mean loss of an update, id the label)
     T5: each encoder layer but the first and last draws K columns; the others pass it by.
 
-Cost: with K half a row 0.76 of BERT's layers at base, and 7/12 of T5's encoder.
+Cost: with K half a row, before the last tenth, 0.76 of BERT's layers at base, and 7/12 of T5's
+encoder.
 Finding: not in the study. Hou: 25% cheaper at about the same GLUE, rows of 512 tokens.
 Where we differ: importance takes an id's mean loss in an update (the release: its last), so that
 processes agree. Random-LTD draws for each row and lets K grow; here an update's rows share a draw.

@@ -7,7 +7,7 @@ whose loss is furthest above the reference's are trained on; the others have no 
     excess = loss of the token - loss of the reference model, on the same corrupted row
     loss   = mean over each row's ceil(share x count) predicted tokens with the largest excess
 
-Cost: a forward pass of the reference model more, about 1 + 1/3 of an update. It is charged
+Cost: one more forward pass, of the reference model: about 1 + 1/3 of an update. It is charged
 (--free_extra_passes leaves it out), and training the reference model is not, as with RHO-loss.
 Finding: not in the study. The paper: with a *curated* reference corpus, few-shot maths up to 30
 points better after continued pre-training, general tasks 6.8 points. Our reference is the baseline

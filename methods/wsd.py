@@ -2,8 +2,8 @@
 
 Paper: Hu et al. 2024, "MiniCPM" (arXiv 2404.06395); the shape of the end is Hägele et al. 2024,
 "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv 2405.18392).
-Idea: On a plateau of the rate no end needs to be known; only the last part of a run depends on its
-length. So one plateau serves runs of many budgets.
+Idea: While the rate is constant the run's length need not be known; only the last part of a run
+depends on it. So one plateau serves runs of many budgets.
 
     rate / peak =  p / w                          while p < w
                    1                              while p < 1 - D
@@ -12,7 +12,7 @@ length. So one plateau serves runs of many budgets.
 Cost: 1.
 Finding: not in the study. Both papers: as good as a cosine that was tuned for the run's length. Its
 gain, one plateau for many runs, does not count at a fixed budget. On the plateau validation losses
-look worse than a decayed run's: compare ends. MiniCPM: 10% of cool-down are enough, 2.5% are not.
+look worse than a decayed run's: compare ends. MiniCPM: a cool-down of 10% is enough, 2.5% is not.
 Where we differ: w is a share of the budget. The mean rate is 0.84 of the peak (the BERT baseline's:
 0.5), so the best peak is likely to be lower: try 0.5, 0.7 and 1 times the baseline's.
 """
