@@ -2,9 +2,9 @@
 
 Paper: Kaddour et al. 2023, "No Train No Gain" (arXiv 2307.06440), section 4; the recipe is that of
 crammed BERT (Geiping and Goldstein 2023).
-Idea: AdamW (T5: its rate scaled by each tensor's RMS), every layer, every row once, and a learning
-rate that has decayed, to zero (T5: to 1e-5 of its peak), exactly when the budget is spent. That
-last part is what the study found to beat most speed-ups.
+Idea: AdamW (T5: its rate scaled by each tensor's RMS), every layer, every row as it comes, and a
+learning rate that has decayed, to zero (T5: to 1e-5 of its peak), exactly when the budget is spent.
+That last part is what the study found to beat most speed-ups.
 Cost: 1, by definition.
 Where we differ from the release: norms, biases and the position scalar have no weight decay (there,
 only the norms' biases had none).

@@ -10,9 +10,9 @@ nearer to it. Training is not touched.
 
 Cost: 1.00, and k copies of the weights in memory and in every checkpoint (base: BERT 0.48 GB each,
 T5 0.99 GB).
-Finding: not in the study. Kaddour: BERT reaches its intermediate losses some 30 GPU hours earlier.
-With a rate that ends at 0 there is little left to average away: a fair test has a higher rate or
-less decay (lawa+wsd --cool_down=0).
+Finding: not in the study. Kaddour: RoBERTa-base on WikiText-103 reaches its intermediate losses
+some 30 GPU hours earlier. With a rate that ends at 0 there is little left to average away: a fair
+test has a higher rate or less decay (lawa+wsd --cool_down=0).
 Where we differ: copies are spaced by the budget, not by epochs, over 1% of it by default (Ajroldi
 et al. 2025 find that near the best). The queue is emptied when the model grows.
 """

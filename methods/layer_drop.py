@@ -9,8 +9,8 @@ value. Evaluation uses all layers.
     theta(s) = theta_bar + (1 - theta_bar) exp(-gamma s)        s: share of the budget that is spent
     layer i of 1 ... L is dropped with probability (i / L) (1 - theta(s))
 
-Cost: with theta at 0.5, 11.75 of BERT's 16 layers and 8.75 of T5's 12 run on average; embedding,
-head and optimizer cost as before.
+Cost: with theta at 0.5, 11.75 of BERT's 16 layers and 8.75 of T5's 12 run on average; embedding
+and head cost as before, and with BERT's large batches the optimizer, too.
 The study found: the worst pre-training loss of all methods in both models, and the worst downstream
 scores of T5; on GLUE it is slightly ahead of the baseline at 6 and 12 hours. It helps when the
 baseline overfits.

@@ -11,7 +11,7 @@ decay larger.
     m <- beta2 m + (1 - beta2) g
 
 Cost: at most AdamW's step, with half of its state.
-The study found: about the baseline's scores for BERT and T5, neither better nor worse.
+The study found: downstream about the baseline's scores, neither better nor worse.
 Where we differ from the release: nowhere. With T5 the rate is scaled with each tensor's RMS, for
 the decay, too. `--eps` has no meaning here and is refused.
 """

@@ -15,16 +15,16 @@ Where the estimate is small or out of date, the clipping makes the step that of 
 
 Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5%
 and 10%.
-The study found: about the baseline's scores for both models, even with the Hessian passes free.
+The study found: downstream about the baseline's scores, even with the Hessian passes free.
 Where we differ from the release: its BERT draws labels from the encoder's hidden states, throws
 five of six Hessian micro-batches away, does not clip g^, and refreshes before update 0, 10, 20 ...;
 both its models scale h by a constant (196,608 and 5,120) in place of the number of predicted
-tokens. Only rho times that scale matters, so the study's rho of 0.01 stands for 0.01 x 196,608 /
-14,592 = 0.13 of ours in BERT (19 labels in each of 768 rows) and 0.01 x 5,120 / 16,416 = 0.0031 in
-T5; the default is the published 0.05. The log's win rate (the share of weights whose step is not
-clipped) should lie between 0.1 and 0.5. The passes take rows from a stream of their own. T5's step
-is scaled with each tensor's RMS, its decay is not. fp16, in which Hessian gradients underflow (the
-study's runs ended in NaN), is refused.
+tokens. Only rho times that scale matters, so the study's rho of 0.01 stands for about 0.01 x
+196,608 / 16,384 = 0.12 of ours in BERT (its gradient is a mean over a micro-batch's positions) and
+0.01 x 5,120 / 16,416 = 0.0031 in T5; the default is the published 0.05. The log's win rate (the
+share of weights whose step is not clipped) should lie between 0.1 and 0.5. The passes take rows
+from a stream of their own. T5's step is scaled with each tensor's RMS, its decay is not. fp16, in
+which the study's BERT runs ended in NaN, is refused.
 """
 
 import functools

@@ -17,7 +17,7 @@ The study found: the lowest pre-training losses of all methods at short budgets,
 the gap to the baseline is nearly closed at 24 hours, and downstream it is ahead at some budgets
 only.
 Where we differ from the release: growth happens before an update's first pass, never between its
-micro-batches. `--optimizer_state`:
+micro-batches, and is charged. `--optimizer_state`:
     keep    the old layers' moments stay, the new ones start without any; what the release does
     reset   all moments start anew; the paper's, which the release configures
     copy    the new layers also get the moments of the layers that they copy
