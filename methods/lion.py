@@ -37,7 +37,7 @@ class Lion(Method):
     defaults = {
         "bert": {
             "base": dict(lr=7e-4, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=0.0),
-            "tiny": dict(lr=1.5e-4),
+            "tiny": dict(lr=6e-4),
         },
         "t5": {
             "base": dict(lr=7.5e-4, weight_decay=0.0, beta1=0.9, beta2=0.99, eps=0.0),

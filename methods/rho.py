@@ -37,6 +37,7 @@ class RHO(Method):
         ),
         **FREE_EXTRA_PASSES,
     }
+    defaults = {"bert": {"tiny": dict(lr=8e-3)}}
     turned_off = {model: dict(mega_batch_factor=1) for model in ("bert", "t5")}
 
     @classmethod

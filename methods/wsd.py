@@ -28,6 +28,7 @@ class WSD(Method):
         "cool_down": Option(0.2, "share of the budget in which it falls", minimum=0.0, maximum=1.0),
         "shape": Option("sqrt", "of its fall: 1 - sqrt, or linear", ("sqrt", "linear")),
     }
+    defaults = {"bert": {"tiny": dict(lr=2e-3)}}
     # T5's cosine, which starts at half the peak, is out of reach.
     turned_off = {"bert": dict(warm_up=0.5, cool_down=0.5, shape="linear")}
 
