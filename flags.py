@@ -32,7 +32,8 @@ class Option:
     def limits(self):
         """What a number may be, in words."""
         if math.isfinite(self.maximum):
-            return f"from {self.minimum} to {self.maximum}"
+            least = f"from {self.minimum} to " if math.isfinite(self.minimum) else "of at most "
+            return f"{least}{self.maximum}"
         return f"of at least {self.minimum}" if math.isfinite(self.minimum) else ""
 
     def check(self, name, value):
@@ -77,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         """One flag; --help says its meaning, its default and its limits."""
         default = str(option.default).lower() if option.kind is bool else str(option.default)
         notes = [default] * (option.default not in (None, ""))
-        notes += [option.limits] * math.isfinite(option.maximum)
+        notes += [option.limits] * bool(option.limits)
         text = option.help + f" ({'; '.join(notes)})" * bool(notes)
         (group or self).add_argument(
             f"--{name}",

@@ -36,7 +36,8 @@ from runs import CONFIG, NOT_IN_ID, check_record, read_log, read_record, status,
 
 MISSING = "–"
 # Settings that the runs of a table agree in, beside the budget, the corpus and the reference.
-COMPARED = ("model", "size", "vocabulary", "row_length", "validation_rows", "holdout", "train_on")
+COMPARED = ("model", "size", "vocabulary", "row_length", "mask_share", "validation_rows", "holdout")
+COMPARED += ("train_on",)
 BUDGET = ("budget_hours", "budget_steps")
 # What two seeds of one experiment may differ in.
 NOT_A_SETTING = {*NOT_IN_ID, *COMPARED, *BUDGET, "seed", "validations", "options"}
@@ -90,11 +91,13 @@ class Run:
     @property
     def family(self):
         """What runs must agree in to be compared, but for the budget: {name: value}. Where hours
-        are plain time (--reference=this) they are one device's with so many threads."""
+        are plain time (--reference=this) they are one device's with so many threads; updates are
+        the same everywhere."""
         reference = self.stored["reference"]
-        family = {name: self.config[name] for name in COMPARED}
+        family = {name: self.config[name] for name in COMPARED} | {"corpus": self.stored["corpus"]}
+        if self.config["budget_steps"]:
+            return family
         family["reference"] = Path(self.config["reference"]).stem
-        family["corpus"] = self.stored["corpus"]
         hour = reference["probe_seconds"] or reference["provenance"]
         return family | {"probe_seconds" if reference["probe_seconds"] else "hour": hour}
 
@@ -163,7 +166,10 @@ def read(folder):
     else:
         problems.append("unfinished")
     ended_with = result.get("config", config)
-    for name in sorted(ended_with.keys() - NOT_A_SETTING):
+    fixed = ended_with.keys() - NOT_A_SETTING
+    if not stored["reference"]["probe_seconds"] and config["budget_hours"]:
+        fixed |= {"threads", "device"} & ended_with.keys()  # what an hour buys
+    for name in sorted(fixed):
         if ended_with[name] != config.get(name):
             problems.append(
                 f"resumed with another {name}, {config.get(name)} and then {ended_with[name]}; it "
@@ -313,22 +319,32 @@ class Table:
 def labels_of(runs):
     """{settings as JSON: label} of a family's experiments. In each method one goes by the method's
     name alone: the one with the most finished runs at all budgets, of several the one with the
-    lowest loss. The others are told from it by what they set otherwise."""
+    lowest mean loss at the budgets that they share. The others are told from it by what they set
+    otherwise."""
     labels = {}
     for method, of_method in grouped(runs, lambda run: run.config["method"]).items():
         experiments = grouped(of_method, lambda run: as_key(run.settings))
 
-        def rank(text, experiments=experiments):
-            losses = [run.result["validation_loss"] for run in experiments[text] if run.result]
-            return -len(losses), min(losses, default=math.inf), text
-
-        plain = json.loads(min(experiments, key=rank))
+        finished = {text: [run for run in own if run.result] for text, own in experiments.items()}
+        most = max(map(len, finished.values()))
+        first = {text: own for text, own in finished.items() if len(own) == most}
+        budgets = set.intersection(*({run.budget for run in own} for own in first.values()))
+        rank = {
+            text: (averaged_loss(run for run in own if run.budget in budgets), text)
+            for text, own in first.items()
+        }
+        plain = json.loads(min(rank, key=rank.get))
         for text in experiments:
             own = json.loads(text)
             names = sorted(own.keys() | plain.keys())
             telling = [name for name in names if own.get(name) != plain.get(name)]
             labels[text] = " ".join([method, *(f"{name}={own.get(name)}" for name in telling)])
     return labels
+
+
+def averaged_loss(runs):
+    losses = [run.result["validation_loss"] for run in runs]
+    return statistics.mean(losses) if losses else math.inf
 
 
 def tables_of(runs):
@@ -348,7 +364,7 @@ def tables_of(runs):
             ]
             rows.sort(key=lambda row: (row.mean_loss() or math.inf, row.label))
             rows.sort(key=lambda row: row.label != "baseline")
-            tables.append(Table(name, budget, members[0].family["reference"], rows))
+            tables.append(Table(name, budget, members[0].family.get("reference"), rows))
     return sorted(
         tables, key=lambda table: (table.family, table.budget[1] or 0, table.budget[0] or 0)
     )
@@ -418,11 +434,12 @@ def record_of(row, table, points, titles):
         if record["difference"] is not None:
             loss = table.baseline.mean_loss() + record["difference"]
         record["speed_up"] = speed_up(points, loss, table.budget[0])
-        if half:
+        if half is not None:
             record["speed_up_low"] = speed_up(points, loss + half, table.budget[0])
             record["speed_up_high"] = speed_up(points, loss - half, table.budget[0])
     for name in ("updates", "rows", "stalls"):
-        record[name] = statistics.mean(run.result.get(name, 0) for run in row.runs)
+        if all(name in run.result for run in row.runs):
+            record[name] = statistics.mean(run.result[name] for run in row.runs)
     for name in ("charged", "free", "wall"):
         seconds = statistics.mean(run.result[f"{name}_seconds"] for run in row.runs)
         record[f"{name}_hours"] = seconds / 3600
@@ -438,19 +455,21 @@ def record_of(row, table, points, titles):
 
 def speed_up(points, loss, hours):
     """The budget at which the baseline reaches this loss, over this budget: a number, "<x" or ">x"
-    outside the baseline's budgets, None if it has fewer than two.
+    outside the baseline's budgets, None if it has fewer than two or does not fall from each to the
+    next.
 
     Between two budgets the baseline's final loss is taken to be a line over the logarithm of the
     budget. Only runs to their end count: in the middle of a longer run the learning rate has not
     decayed yet.
     """
-    if len(points) < 2:
+    falls = all(above > below for (_, above), (_, below) in itertools.pairwise(points))
+    if len(points) < 2 or not falls:
         return None
     if loss > points[0][1]:
         return f"<{points[0][0] / hours:.2g}"
     for (one, above), (other, below) in itertools.pairwise(points):
         if above >= loss >= below:
-            share = (above - loss) / (above - below) if above > below else 0.0
+            share = (above - loss) / (above - below)
             return one * (other / one) ** share / hours
     return f">{points[-1][0] / hours:.2g}"
 
@@ -497,7 +516,11 @@ def comparisons(table):
         return ""
     theirs = table.baseline.losses()
     others = {row.label: row.losses() for row in table.rows if row is not table.baseline}
-    others = {label: ours for label, ours in others.items() if ours and difference(ours, theirs)[1]}
+    others = {
+        label: ours
+        for label, ours in others.items()
+        if ours and difference(ours, theirs)[1] is not None
+    }
 
     def exceeding(confidence):
         found = {label: difference(ours, theirs, confidence) for label, ours in others.items()}
@@ -648,6 +671,8 @@ class Figures:
         if axes.lines:
             name_lines(axes)
             path = self.folder / f"{name}-{file_name(title)}.svg"
+            if path in self.paths:  # titles that differ in what a file's name cannot hold
+                path = path.with_stem(f"{path.stem}-{len(self.paths)}")
             with written_whole(path) as file:
                 figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
             self.paths.append(path)
@@ -698,13 +723,21 @@ class Figures:
                 for hours, value, *bounds in known:
                     ends = [number(value if end is None else end) for end in bounds]
                     axes.plot([hours, hours], ends, color=color, linewidth=1)
-                    if isinstance(value, str):
-                        marker = {"<": "v", ">": "^"}[value[0]]
-                        axes.plot(hours, number(value), marker, color=color, markersize=8)
+                    for open_ended in (one for one in (value, *bounds) if isinstance(one, str)):
+                        marker = {"<": "v", ">": "^"}[open_ended[0]]
+                        axes.plot(hours, number(open_ended), marker, color=color, markersize=6)
             if level and axes.lines:
                 axes.axhline(level, color="black", linewidth=0.5)
             axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
             axes.set_xticks([], minor=True)
+
+
+def bounds(record, column):
+    """(lowest, highest): of a speed-up its interval, of a loss a standard deviation around it."""
+    if column == "speed_up":
+        return record["speed_up_low"], record["speed_up_high"]
+    loss, half = record["validation_loss"], record["standard_deviation"] or 0.0
+    return loss - half, loss + half
 
 
 def draw(tables, records, folder):
@@ -714,20 +747,21 @@ def draw(tables, records, folder):
         figures.losses(table)
     of_hours = [record for record in records if record["budget_hours"] and record["n"]]
     for family, own in grouped(of_hours, lambda record: record["family"]).items():
-        methods = grouped(own, lambda record: record["method"])
-        methods = {label: of_method for label, of_method in methods.items() if len(of_method) > 1}
+        every = grouped(own, lambda record: record["method"])
+        methods = {label: of_method for label, of_method in every.items() if len(of_method) > 1}
         if not methods:
             continue
+        if single := ", ".join(sorted(every.keys() - methods.keys())):
+            print(
+                f"{family}: not in the figures against the budget, with one budget each: {single}"
+            )
         title = f"{family}, hours of {own[0]['reference']}"
         for column, name, ylabel, level in (
-            ("validation_loss", "budgets", "final validation loss (nats)", None),
+            ("validation_loss", "budgets", "final validation loss (nats), ± deviation", None),
             ("speed_up", "speed-up", "speed-up over the baseline", 1.0),
         ):
             points = {
-                label: [
-                    (r["budget_hours"], r[column], r.get(f"{column}_low"), r.get(f"{column}_high"))
-                    for r in of_method
-                ]
+                label: [(r["budget_hours"], r[column], *bounds(r, column)) for r in of_method]
                 for label, of_method in methods.items()
             }
             figures.by_budget(name, title, ylabel, points, level)
@@ -751,15 +785,23 @@ def baseline_points(tables):
     return found
 
 
-def print_table(table, records, titles):
+def print_table(table, records, titles, points):
     """All that people should know of a table's runs."""
     print(f"## {table.title}\n\n{markdown(records)}\n")
+    if any(record["speed_up"] is not None for record in records):
+        losses = ", ".join(f"{loss:.4f} after {hours:g} h" for hours, loss in points)
+        print(f"speed-ups are read off the baseline's mean losses, taken as exact: {losses}")
     if compared := comparisons(table):
         print(compared)
-    if table.baseline:
-        settings = table.baseline.settings.items()
-        settings = [f"{name} {value}" for name, value in settings if name != "method"]
-        print(f"{table.baseline.label}: {', '.join(settings)}")
+    theirs = table.baseline.settings if table.baseline else {}
+    for row in table.rows:
+        own = row.settings if row is table.baseline else row.settings.items() - theirs.items()
+        own = [f"{name} {value}" for name, value in sorted(dict(own).items()) if name != "method"]
+        print(f"{row.label}: {', '.join(own) or 'as the baseline'}")
+        needed = [run.result.get("prerequisites", {}) for run in row.runs]
+        for name in dict.fromkeys(itertools.chain(*needed)):
+            hours = statistics.mean(one[name]["charged_seconds"] for one in needed) / 3600
+            print(f"{row.label}: its {name} cost {hours:.3g} h more, uncharged")
     finished = [run.result for row in table.rows for run in row.runs]
     for title, key in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
         values = sorted({str(result.get(key) or MISSING) for result in finished})
@@ -801,7 +843,7 @@ def main(arguments=None):
     for table in tables:
         own_points = points.get((table.family, table.baseline and table.baseline.label), [])
         here = [record_of(row, table, own_points, titles) for row in table.rows]
-        print_table(table, here, titles)
+        print_table(table, here, titles, own_points)
         records += here
     for run in runs:
         for problem in run.problems:

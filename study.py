@@ -43,13 +43,20 @@ def plans(options, flags):
             raise UserError(
                 f"--{name} is a flag of single runs; a study has {of_single_runs[name]}"
             )
-    found = []
-    for values in itertools.product(*(getattr(options, axis).split(",") for axis in AXES)):
+    found = {}
+    lists = {axis: getattr(options, axis).split(",") for axis in AXES}
+    for axis, values in lists.items():
+        if len(values) > 1 and "" in values:
+            raise UserError(
+                f"--{axis}={getattr(options, axis)}: nothing stands at one of its commas"
+            )
+    for values in itertools.product(*lists.values()):
         pairs = zip((flag for flag, _ in AXES.values()), values)
         own = [f"--{flag}={value}" for flag, value in pairs if value] + flags
         typed, _ = train.parse(own)
-        found.append((own, train.plan(train.resolve(typed))))
-    return found
+        planned = train.plan(train.resolve(typed))
+        found[planned.folder] = own, planned  # what is listed twice is one run
+    return list(found.values())
 
 
 class Launcher:

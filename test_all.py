@@ -4169,6 +4169,17 @@ def test_speed_up_is_read_off_the_baselines_final_losses():
     assert report.speed_up(points, 1.75, 4.0) == pytest.approx(8**0.5 / 4)
     assert report.speed_up(points, 3.5, 2.0) == "<0.5" and report.speed_up(points, 1.0, 2.0) == ">2"
     assert report.speed_up(points[:1], 3.0, 1.0) is None
+    assert report.speed_up([*points, (8.0, 1.5)], 2.0, 1.0) is None  # it falls no more
+
+
+def test_report_counts_its_comparisons(tmp_path, capsys):
+    """One of two differences exceeds its own interval and not the wider one for both together."""
+    for seed, (one, other) in enumerate([(0.1, 0.1), (0.15, 0.1), (0.08, 0.11)]):
+        for method, gap in (("baseline", 0.0), ("lion", one), ("muon", other)):
+            write_run(tmp_path / f"{method}{seed}", [3 + 0.1 * seed - gap], method, seed)
+    report.main([str(tmp_path)])
+    expected = "comparisons: 2; beyond its own interval: lion, muon; beyond intervals that hold "
+    assert f"{expected}together (Bonferroni): muon\n" in capsys.readouterr().out
 
 
 def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
@@ -4208,19 +4219,19 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     bad.write_text("{")
     report.main([str(runs), f"--csv={table}", f"--figures={drawn}"])
     output = capsys.readouterr().out
-    start, one = "bert-tiny on text, ", "reference mine, corpus c, probe_seconds bert 1, "
+    start, one = "bert-tiny on text, ", "corpus c, reference mine, probe_seconds bert 1, "
     assert re.findall("^## (.*)", output, re.MULTILINE) == [
-        start + "reference mine, corpus another, probe_seconds bert 1, 1 h of mine",
+        start + "corpus another, reference mine, probe_seconds bert 1, 1 h of mine",
+        start + "corpus c, 5 updates",
         start + one + "0.5 h of mine",
         start + one + "1 h of mine",
         start + one + "2 h of mine",
-        start + one + "5 updates",
-        start + "reference mine, corpus c, probe_seconds bert 2, 1 h of mine",
-        start + "reference this, corpus c, hour plain time, 1 h of this",
+        start + "corpus c, reference mine, probe_seconds bert 2, 1 h of mine",
+        start + "corpus c, reference this, hour plain time, 1 h of this",
         "bert-tiny on text2, validation_rows 1000, 1 h of mine",
         "bert-tiny on text2, validation_rows 7, 1 h of mine",
     ]
-    of_one_hour = output.split("## ")[3]
+    of_one_hour = output.split("## ")[4]
     for expected in (
         "| baseline | 4 | 3.0000 ± 0.2160 | – |",
         "| stacking compile=True | 1 | 2.5000 ± – | -0.5000 ± – (paired, 1) |",
@@ -4228,7 +4239,9 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |",
         "| lion | 0 | – | – | – |",
         "| 100 | 800 | 1 | 0.01 | 2 | 2 |",
-        "\ncomparisons: 1; beyond its own interval: none; beyond intervals that hold together (B",
+        "\ncomparisons: 1; beyond its own interval: none; beyond intervals",
+        "\nspeed-ups are read off the baseline's mean losses, taken as exact: 3.0000 after 1 h",
+        "\nstacking compile=True: compile True, growth_times 0.125,0.3, optimizer_state keep\n",
         "commits: abc",
         "\nbaseline: batch 32, beta1 ",
         "| method | glue rte accuracy |",
@@ -4456,6 +4469,7 @@ def test_tinys_rates_are_the_best_of_five_trials():
             settings = json.loads(record["settings"])
             if record["train_on"] == "training":
                 own = trials[record["model"], settings["method"]]
+                assert settings["lr"] not in own  # or two tables have it
                 own[settings["lr"]] = float(record["validation_loss"])
     assert len(trials) == 2 * len(methods.names())
     for (model, method), losses in trials.items():
@@ -4465,6 +4479,21 @@ def test_tinys_rates_are_the_best_of_five_trials():
         bold = {lr: "**" * (lr == best) for lr in losses}
         cells = (f"{lr:g}: {bold[lr]}{losses[lr]:.4f}{bold[lr]}" for lr in sorted(losses))
         assert f"| {model} | {method} | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.slow
+def test_the_plateau_is_watched(corpus_folder, tmp_path):
+    flags = study_flags(corpus_folder, "--budget_steps=8 --validations=2")
+    done = command("results/plateau.py", "learned", tmp_path / "some.csv", *flags)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "some.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4 * 4  # validations, layers, heads
+    assert len({row["position_scale"] for row in rows}) == 2  # it is learned
+    for row in rows:  # before the attention has learnt anything a share is one in 32 or so
+        assert 0.01 < float(row["before"]) < 0.1 and 0.01 < float(row["behind"]) < 0.1
+    drawn = command("results/plateau.py", "draw", tmp_path / "a.svg", tmp_path / "some.csv")
+    assert drawn.returncode == 0 and (tmp_path / "a.svg").read_text().count("<!-- some -->") == 3
 
 
 def test_report_reads_real_runs(finished_runs, capsys):
@@ -4513,6 +4542,7 @@ def test_a_study_keeps_resumes_and_makes_runs(corpus_folder, tmp_path, monkeypat
         ("--lr=0.1", "a study has --lrs"),
         ("--budget_steps=3", "--budget_hours and --budget_steps are two budgets; give one"),
         ("--lrs=-1", "--lr=-1.0: expected"),
+        ("--lrs=1e-3,", "--lrs=1e-3,: nothing stands at one of its commas"),
         ("--out=here", "a study has runs that are found by what they are"),
         ("--data=none", "--data=none: not prepared"),
         ("--data seed", "--data=seed: not prepared"),  # a flag's value is no flag
@@ -4522,8 +4552,8 @@ def test_a_study_keeps_resumes_and_makes_runs(corpus_folder, tmp_path, monkeypat
         output, error = capsys.readouterr()
         assert stopped.value.code == 2 and message in error and "[1 of 4]" not in output
     # A rate of its own, and updates for a budget.
-    tuned = ["--methods=baseline", "--seeds=0", "--budgets=", "--budget_steps=1", "--lrs=0.1,0.2"]
-    assert states(*flags, *tuned, "--at_once=2") == ["new"] * 2
+    tuned = ["--methods=baseline", "--seeds=0", "--budgets=", "--budget_steps=1"]
+    assert states(*flags, *tuned, "--lrs=0.1,0.2,1e-1", "--at_once=2") == ["new"] * 2
     # Another precision, or where hours are plain time other threads, is another run.
     for flag in ("--dtype=bf16", "--threads=2"):
         assert states(*flags, "--methods=baseline", "--seeds=0", flag) == ["new"]

@@ -11,7 +11,9 @@ one behind.
 """
 
 import csv
+import itertools
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,6 +51,8 @@ def neighbour_shares(bert, batch):
 def watch(path, flags):
     """Trains, and writes the CSV."""
 
+    rows = []
+
     class Watched(train.Training):
         def validate(self):
             super().validate()
@@ -56,14 +60,14 @@ def watch(path, flags):
             of_model = [self.model.position_scale.item(), self.model.embedding.std().item()]
             counters = [self.clock.updates, self.counters.rows, self.counters.validation_loss]
             for shares in neighbour_shares(self.model, batch):
-                rows.writerow([*counters, *of_model, *shares])
-            file.flush()
+                rows.append([*counters, *of_model, *shares])
 
+    train.Training = Watched
+    # Not in runs/: whether the scale is learned is no flag, so this is no run like the others.
+    with tempfile.TemporaryDirectory() as folder:
+        train.main([*flags, f"--out={folder}/run"])
     with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS.split())
-        train.Training = Watched
-        train.main(flags)
+        csv.writer(file).writerows([COLUMNS.split(), *rows])
 
 
 def draw(figure_path, paths):
@@ -73,7 +77,7 @@ def draw(figure_path, paths):
 
     pyplot.rcParams |= {"svg.hashsalt": "plateau", "font.size": report.FONT_SIZE}
     figure, panels = pyplot.subplots(3, sharex=True, figsize=(6, 8))
-    for path, color in zip(map(Path, paths), report.COLORS):
+    for path, color in zip(map(Path, paths), itertools.cycle(report.COLORS)):
         curves = {}
         for row in csv.DictReader(path.open()):
             place, share = int(row["rows"]), max(float(row["before"]), float(row["behind"]))
