@@ -800,7 +800,8 @@ def print_table(table, records, titles, points):
         print(f"{row.label}: {', '.join(own) or 'as the baseline'}")
         needed = [run.result.get("prerequisites", {}) for run in row.runs]
         for name in dict.fromkeys(itertools.chain(*needed)):
-            hours = statistics.mean(one[name]["charged_seconds"] for one in needed) / 3600
+            seconds = [one[name]["charged_seconds"] for one in needed if name in one]
+            hours = statistics.mean(seconds) / 3600
             print(f"{row.label}: its {name} cost {hours:.3g} h more, uncharged")
     finished = [run.result for row in table.rows for run in row.runs]
     for title, key in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
