@@ -282,8 +282,8 @@ class BERT(LanguageModel):
 
     At base the scale is learned, as in the study. As long as no layer attends to neighbours,
     positions are noise, and the gradient shrinks the scale; Adam's steps, which are as large as the
-    rate, soon bring one number to zero. Then no layer sees positions, and BERT
-    may stay a bag of words for all of a short run. So tiny and small keep its initial value.
+    rate, soon bring one number to zero. Then no layer sees positions, and BERT may stay a bag of
+    words for all of a short run. So tiny and small keep its initial value.
 
     A batch also holds `positions` (B, P) int64, the columns to predict. Pre-training has no
     attention mask: its rows are full, and attention crosses document borders, as in the study.

@@ -36,8 +36,7 @@ from runs import CONFIG, NOT_IN_ID, check_record, read_log, read_record, status,
 
 MISSING = "–"
 # Settings that the runs of a table agree in, beside the budget, the corpus and the reference.
-COMPARED = ("model", "size", "vocabulary", "row_length", "mask_share", "validation_rows", "holdout")
-COMPARED += ("train_on",)
+COMPARED = "model size vocabulary row_length mask_share validation_rows holdout train_on".split()
 BUDGET = ("budget_hours", "budget_steps")
 # What two seeds of one experiment may differ in.
 NOT_A_SETTING = {*NOT_IN_ID, *COMPARED, *BUDGET, "seed", "validations", "options"}
@@ -324,7 +323,6 @@ def labels_of(runs):
     labels = {}
     for method, of_method in grouped(runs, lambda run: run.config["method"]).items():
         experiments = grouped(of_method, lambda run: as_key(run.settings))
-
         finished = {text: [run for run in own if run.result] for text, own in experiments.items()}
         most = max(map(len, finished.values()))
         first = {text: own for text, own in finished.items() if len(own) == most}
@@ -343,6 +341,7 @@ def labels_of(runs):
 
 
 def averaged_loss(runs):
+    """Infinite without a run."""
     losses = [run.result["validation_loss"] for run in runs]
     return statistics.mean(losses) if losses else math.inf
 

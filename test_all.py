@@ -2430,16 +2430,16 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page, title, flags",
+    "page, title, flags, said",
     [
-        ("README.md", "Largest loss", "--method=page+lion --candidates=4"),
-        ("docs/methods.md", "Largest loss", "--method=page+lion --candidates=4"),
-        ("docs/course.md", "Constant", "--method=page"),
-        ("docs/course.md", "Short rows with many masks first", "--method=page --shortest=0.5"),
+        ("README.md", "Largest loss", "--method=page+lion --candidates=4", "candidates 4"),
+        ("docs/methods.md", "Largest loss", "--method=page+lion --candidates=4", "clip 1,"),
+        ("docs/course.md", "Constant", "--method=page", "method page"),
+        ("docs/course.md", "Short rows with", "--method=page --shortest=0.5", "shortest 0.5"),
     ],
 )
 def test_the_pages_methods_are_complete(
-    corpus_folder, tmp_path, method_files, at_update, page, title, flags
+    corpus_folder, tmp_path, method_files, at_update, capsys, page, title, flags, said
 ):
     """As they stand there: killed and resumed, next to one of the six, with another option."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -2447,6 +2447,7 @@ def test_the_pages_methods_are_complete(
     method_files(page=source)
     flags += " --budget_steps=6 --validations=1"
     trained(corpus_folder, tmp_path / "plain", flags)
+    assert said in capsys.readouterr().out
     at_update({4: kill})
     with pytest.raises(Killed):
         trained(corpus_folder, tmp_path / "killed", flags, SAVING)
@@ -2590,7 +2591,10 @@ def gpu_run(corpus_folder, t5_folder, tmp_path, monkeypatch):
             numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
             (tmp_path / "result.json").write_text(json.dumps(dict.fromkeys(numbers, 1)))
             monkeypatch.setattr(train, "ensure_run", lambda *_: tmp_path)
-            fresh = lambda path, device="cpu": models.build(model, "base", 512).to(device)  # noqa: E731
+
+            def fresh(path, device="cpu"):
+                return models.build(model, "base", 512).to(device)
+
             monkeypatch.setattr(models, "load", fresh)
             for place in (models, runs):
                 monkeypatch.setattr(place, "write_tensors", lambda *_: None)

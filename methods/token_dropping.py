@@ -2,8 +2,8 @@
 
 Paper: Hou et al. 2022, "Token Dropping for Efficient BERT Pretraining" (ACL, arXiv 2203.13240); for
 T5 the form of Yao et al. 2022, "Random-LTD" (arXiv 2211.11586).
-Idea: Frequent tokens are soon learnt. Half of a row's tokens skip the middle layers and
-rejoin at the last one, except in the last tenth of the budget.
+Idea: Frequent tokens are soon learnt. Half of a row's tokens skip the middle layers and rejoin
+at the last one, except in the last tenth of the budget.
 
     BERT, L layers: 0 ... L/2 - 2 read all tokens; in L/2 - 1 the kept ones attend to all;
         L/2 ... L - 2 read the kept ones alone; L - 1 all. Kept are a row's K most important, and
