@@ -14,7 +14,6 @@ What the project asks of an optimizer, this or any other that a method returns:
 import functools
 
 import torch
-from torch.optim.adamw import adamw
 
 
 def parameters_by_part(model):
@@ -171,33 +170,6 @@ class AdamWScale(RuleOptimizer):
     update."""
 
     def __init__(self, groups, lr, betas, eps, compile=False):
-        self.constants = dict(beta1=betas[0], beta2=betas[1], eps=eps)
-        rule = functools.partial(adamw_scale_update, **self.constants)
+        constants = dict(beta1=betas[0], beta2=betas[1], eps=eps)
+        rule = functools.partial(adamw_scale_update, **constants)
         super().__init__(groups, lr, rule, new_moments, rms_scaling=True, compile=compile)
-
-    def update(self, weights, gradients, states, lr, weight_decay):
-        if self.compile or weights[0].device.type != "cpu":
-            return super().update(weights, gradients, states, lr, weight_decay)
-        # The rule, by torch's fused kernel of AdamW: one pass over memory where the rule makes
-        # eight. So many steps leave the kernel nothing to correct; `lr` is corrected here.
-        many_steps, beta1, beta2 = 1e9, self.constants["beta1"], self.constants["beta2"]
-        for weight, gradient, state in zip(weights, gradients, states):
-            m_of_ones, v_of_ones = state["exp_avg_of_ones"], state["exp_avg_sq_of_ones"]
-            m_of_ones.lerp_(torch.ones_like(m_of_ones), 1 - beta1)
-            v_of_ones.lerp_(torch.ones_like(v_of_ones), 1 - beta2)
-            adamw(
-                [weight],
-                [gradient],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
-                [],
-                [torch.tensor(many_steps)],
-                **self.constants,
-                lr=(lr * rms_scale(weight) * v_of_ones.sqrt() / m_of_ones).item(),
-                weight_decay=0.0,
-                amsgrad=False,
-                maximize=False,
-                fused=True,
-            )
-            if weight_decay:
-                weight.mul_(1 - lr * weight_decay)

@@ -8,7 +8,8 @@ A table has the runs that may be compared: of one model and size, on the same ro
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
 are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
 fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its 95%
-interval is Student's, for so few runs. What is missing is shown as missing; what is unfinished or
+interval is Student's, for so few runs. Charged hours are the reference's; free, wall and stalled
+time is that of the machines of the runs. What is missing is shown as missing; what is unfinished or
 damaged is named.
 """
 
@@ -436,7 +437,7 @@ def record_of(row, table, points, titles):
         if half is not None:
             record["speed_up_low"] = speed_up(points, loss + half, table.budget[0])
             record["speed_up_high"] = speed_up(points, loss - half, table.budget[0])
-    for name in ("updates", "rows", "stalls"):
+    for name in ("updates", "rows", "stall_seconds"):
         if all(name in run.result for run in row.runs):
             record[name] = statistics.mean(run.result[name] for run in row.runs)
     for name in ("charged", "free", "wall"):
@@ -486,11 +487,11 @@ def markdown(records):
     """The table of one group for people."""
     lines = [
         "| method | n | validation loss | difference to the baseline, 95% | speed-up, 95% | "
-        "updates | rows | charged h | free h | wall h | stalls |",
+        "updates | rows | charged h | free h | wall h | stalled s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     forms = {"updates": ",.0f", "rows": ",.0f"}
-    forms |= dict.fromkeys(("charged_hours", "free_hours", "wall_hours", "stalls"), ".3g")
+    forms |= dict.fromkeys(("charged_hours", "free_hours", "wall_hours", "stall_seconds"), ".3g")
     for r in records:
         loss = gap = MISSING
         if r["n"]:

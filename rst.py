@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from errors import UserError, exits_on_user_error
 from flags import Option, Parser
-from parallel import gather, max_over_processes
+from parallel import gather, max_over_processes, wait_for_all
 from runs import is_a, read_record, write_json
 
 # Seconds per micro-batch of 128 rows of 128 tokens on one RTX 3090 (CUDA 11.7, PyTorch 1.13, fp16
@@ -242,18 +242,16 @@ def fastest_dtype(device):
     candidates = [torch.float32, low]
     size = 512 if torch.device(device).type == "cpu" else 4096
 
-    def seconds(dtype):
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
-        times = []
-        for _ in range(5):
+    matrices = [torch.ones(size, size, device=device, dtype=dtype) for dtype in candidates]
+    times = [[], []]
+    for _ in range(10):  # in turns, and the best of each: other work on the machine cannot decide
+        for matrix, seconds in zip(matrices, times):
             synchronise(device)
             start = time.perf_counter()
             matrix @ matrix
             synchronise(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    full, low = map(seconds, candidates)
+            seconds.append(time.perf_counter() - start)
+    full, low = map(min, times)
     return candidates[1] if full > 1.3 * low else candidates[0]
 
 
@@ -343,15 +341,14 @@ class Clock:
 
     @contextlib.contextmanager
     def charged(self):
-        """One update: what happens in this block is charged, less its free blocks. Gives a list:
-        what numbers are put into it are, after the block, the largest of all processes."""
+        """One update: what happens in this block is charged, less its free blocks."""
         synchronise(self.device)
-        self.free_block_seconds, start, largest = 0.0, time.perf_counter(), []
-        yield largest
+        wait_for_all()  # whoever is ready first is not charged for the others
+        self.free_block_seconds, start = 0.0, time.perf_counter()
+        yield
         synchronise(self.device)
         mine = [time.perf_counter() - start - self.free_block_seconds, self.free_block_seconds]
-        seconds, free_seconds, *largest[:] = max_over_processes(mine + largest, self.device)
-        self.charge(seconds, free_seconds)
+        self.charge(*max_over_processes(mine, self.device))
 
     def charge(self, seconds, free_seconds):
         """Charges an update of so many seconds here, on the slowest process."""

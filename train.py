@@ -220,7 +220,7 @@ def resolve(typed):
     rst.check_device(device)
     kind = "cuda" if device.startswith("cuda") else "cpu"
     size = values["size"] or ("base" if kind == "cuda" else "tiny")
-    recipe = method.defaults(model, size)
+    recipe = method.defaults(model, size, typed | typed.get("options", {}))
     dtype = rst.low_precision(device)
     dtype = dtype if method.trains_in(dtype) else "fp32"
     defaults = dict(device=device, size=size, dtype=dtype, compile=kind == "cuda")
@@ -573,13 +573,12 @@ class Training:
         )
         if not clock.updates:
             self.save_checkpoint()  # so that a log without one is noticed
-        wait_for_all()  # whoever was ready first is not charged for the others
         # ------------------------------------ the training loop ----------------------------------
         while clock.progress < 1:
             # Schedules see where the update begins; the clock moves on only at its end, for the
             # methods and their reports alike.
             progress, graphs = clock.progress, compilations()
-            with clock.charged() as largest:
+            with clock.charged():
                 # What the methods decide: growth (here and nowhere else), the rate, the rows.
                 method.begin_update()
                 model.present_layers = method.layers()
@@ -620,12 +619,11 @@ class Training:
                 if not skipped:
                     method.after_step()
                 report = method.report()  # of this update: the clock moves on when it ends
-                # If one process is to stop or to save, all are: the clock makes these the largest
-                # of all processes.
-                largest += [stop.number, time.perf_counter() >= checkpoint_due]
-            stop_signal, save_now = largest
 
-            # From here to the next update nothing is charged.
+            # From here to the next update nothing is charged. If one process is to stop or to save,
+            # all are.
+            wishes = [stop.number, time.perf_counter() >= checkpoint_due]
+            stop_signal, save_now = max_over_processes(wishes, config.device)
             counters.rows += len(positions)
             counters.skipped += skipped
             self.write_log(
@@ -776,7 +774,6 @@ class Training:
             stored = {name: part.state_dict() for name, part in self.parts.items()}
             stored["counters"]["wall_seconds"] = self.wall_seconds()
             runs.write_tensors(self.folder / "checkpoint.pt", {"id": self.planned.id} | stored)
-        wait_for_all()  # or the others would be charged their waiting, in the next update
 
     def load_checkpoint(self):
         """Puts everything back as it was after the checkpoint's update."""

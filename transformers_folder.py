@@ -6,13 +6,12 @@ theirs (google/t5-v1_1-base) by finetune.py. Needs one more package, safetensors
     python transformers_folder.py runs/NAME FOLDER      # a finished T5 for transformers
 """
 
-import shutil
 from pathlib import Path
 
 from errors import UserError, exits_on_user_error
 from flags import Parser
 from model import T5, T5Config, load
-from runs import read_record, read_tensors, write_json
+from runs import read_record, read_tensors, write_json, written_whole
 
 # The fields of T5Config -> those of their config.json.
 FIELDS = {
@@ -92,9 +91,10 @@ def save_transformers(model, folder):
     }
     config = V1_1 | {theirs: getattr(model.config, ours) for ours, theirs in FIELDS.items()}
     config |= {"num_layers": depth, "num_decoder_layers": depth}
-    save_file = safetensors().save_file
+    stored = safetensors().save(weights, metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with written_whole(folder / "model.safetensors") as file:
+        file.write(stored)
     write_json(folder / "config.json", config | {"dropout_rate": model.config.dropout})
 
 
@@ -178,7 +178,8 @@ def main(arguments=None):
     if not isinstance(model, T5):
         raise UserError(f"{options.run}: a BERT; transformers has no such architecture")
     save_transformers(model, options.folder)
-    shutil.copy(Path(options.run) / "tokenizer.model", Path(options.folder) / "spiece.model")
+    with written_whole(Path(options.folder) / "spiece.model") as file:
+        file.write((Path(options.run) / "tokenizer.model").read_bytes())
 
 
 if __name__ == "__main__":

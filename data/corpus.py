@@ -7,7 +7,8 @@ any micro-batch size and number of processes, and a checkpoint needs of the corp
 
 Three disjoint parts: validation (documents that `prepare.py` set aside; its corruption never
 changes), holdout (a share of the other rows, by a hash that no seed touches, kept from every method
-alike), and training (the rest).
+alike), and training (the rest). Rows are cut without regard to documents, so a document may lie
+partly in the holdout.
 """
 
 import math
@@ -272,13 +273,18 @@ class Corpus:
         holdout_rows = int(self.all_rows * holdout)
         self.first_row = holdout_rows if train_on == "training" else 0
         self.rows = self.all_rows - holdout_rows if train_on == "training" else holdout_rows
-        self.validation_rows = min(validation_rows, len(self.val_tokens) // self.raw_length)
+        all_validation_rows = len(self.val_tokens) // self.raw_length
+        self.validation_rows = min(validation_rows, all_validation_rows)
         if self.rows < 1 or self.validation_rows < 1:
             raise UserError(
                 f"{folder}: {self.rows} rows of {self.raw_length} tokens to train on and "
                 f"{self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
+        # Evenly spaced: the documents are in the corpus's order, so the first are of one source.
+        self.validation_set = (
+            np.arange(self.validation_rows) * all_validation_rows // self.validation_rows
+        )
         self.special_ids = slice(1, len(SPECIAL_TOKENS))  # of BERT's rows: all but [PAD]
         self.position = [0, 0]  # of each stream: the first position that was not drawn yet
 
@@ -348,8 +354,8 @@ class Corpus:
         return objective.with_mask_share(mask_share, self.meta)
 
     def validation_batches(self, rows_per_batch, process=0, processes=1):
-        """This process's validation rows in batches. They are the first of val.bin, corrupted by a
-        key that no seed changes: all runs on a corpus are measured on the same."""
+        """This process's validation rows in batches. They are spread over val.bin and corrupted by
+        a key that no seed changes: all runs on a corpus are measured on the same."""
         # Every process has each n-th row: together they have all of them, whatever their number.
         indices = np.arange(process, self.validation_rows, processes)
         for first in range(0, len(indices), rows_per_batch):
@@ -357,6 +363,7 @@ class Corpus:
 
     def validation_batch(self, indices, device=None):
         """These of the validation rows, corrupted, on this device (the run's)."""
+        indices = self.validation_set[indices]
         arrays = gather_rows(self.val_tokens, indices, self.raw_length), indices
         rows, positions = (
             to_device(torch.from_numpy(array), device or self.device) for array in arrays
@@ -369,9 +376,9 @@ class Corpus:
     def unigram_entropy(self):
         """Entropy in nats of the labels' frequencies on the validation rows: the loss of a model
         that knows the frequencies and reads no context."""
-        tokens = self.val_tokens[: self.validation_rows * self.raw_length]
+        rows = gather_rows(self.val_tokens, self.validation_set, self.raw_length)
         counts = self.objective.label_counts(
-            np.bincount(tokens, minlength=self.vocabulary_size).astype(float), self.validation_rows
+            np.bincount(rows.ravel(), minlength=self.vocabulary_size).astype(float), len(rows)
         )
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())

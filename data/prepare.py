@@ -306,7 +306,7 @@ def load_tokenizer(folder):
         if path.exists():
             try:
                 return kind.load(path)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                 raise UserError(
                     f"{path} is not a tokenizer of ours ({error}); prepare the corpus again"
                 ) from None

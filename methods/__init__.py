@@ -80,13 +80,22 @@ class Combination:
                 if self.options.setdefault(flag, option) != option:
                     raise UserError(f"--method={self.name}: it has two options --{flag}")
 
-    def defaults(self, model, size):
-        """Values of flags: the baseline's, over them each method's, the optimizer's last."""
-        values = {}
-        for cls in (Method, *self.classes.values()):
-            if cls is Method or cls.defaults is not Method.defaults:
-                of_model = cls.defaults.get(model, {})
-                values |= of_model.get("base", {}) | of_model.get(size, {})
+    def defaults(self, model, size, typed=()):
+        """Values of flags: the baseline's, over them the methods', over all the optimizer's. Two of
+        the others that disagree raise a UserError, unless the flag was typed."""
+
+        def of(cls):
+            of_model = cls.defaults.get(model, {})
+            return of_model.get("base", {}) | of_model.get(size, {})
+
+        values, set_by = of(Method), {}
+        for name, cls in self.classes.items():
+            for flag, value in of(cls).items() if cls.defaults is not Method.defaults else ():
+                other, is_last = set_by.get(flag), name == self.owner["optimizer"]
+                if other and value != values[flag] and not is_last and flag not in typed:
+                    both = f"{other} has {values[flag]} and {name} {value}"
+                    raise UserError(f"--method={self.name}: {both} as --{flag}; say which")
+                values[flag], set_by[flag] = value, name
         return values
 
     def trains_in(self, dtype):

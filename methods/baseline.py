@@ -45,14 +45,14 @@ class Method:
     What it may use:
         self.model: its `layers` (T5: pairs of an encoder's and a decoder's), `present_layers`
             (those that it has now), `loss`, `token_losses` and `logits`;
-            `optimizers.parameter_groups`, `parameters_by_part` and `hidden_matrices` tell its
+            `optimizers.parameter_groups`, `parameters_by_part` and `hidden_matrices` list its
             parameters.
         self.corpus: `draw(count)`, the next stream positions (rows that are drawn and not trained
             on are gone; `draw(count, SECOND_STREAM)` is for passes that train nothing: the same
             rows in another order, under other masks); `batch(positions, stream)`, their rows;
             `uniform(*integers)`, a number in [0, 1) that is always the same for the same integers
-            (arrays of them give an array), so on all processes and after a resume. Begin with an
-            integer of your own, and seed a torch.Generator with it if you need more chance.
+            (arrays of them give an array), so on all processes and after a resume. Begin with a
+            constant of your own. For many numbers seed a generator with int(2**32 * uniform(...)).
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
             BERT in the columns "positions" (B, P). In training no label is missing.
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
@@ -155,7 +155,7 @@ class Method:
     # -- Called for every method of a combination --------------------------------------------------
 
     def warm_up(self):
-        """Makes one of each pass that the method makes beside `loss`, on rows of no account, so
+        """Makes one of each pass that the method makes beside `loss`, on throw-away rows, so
         that its compilation is not charged; by itself it does so for `row_losses`. (Called before
         the first update, more than once.)"""
         if type(self).next_batch is not Method.next_batch:  # it may score rows

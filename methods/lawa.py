@@ -40,7 +40,10 @@ class LAWA(Method):
         self.queue = collections.deque(maxlen=self.config.options["copies"])  # lists of tensors
         self.intervals, self.depth = 0, None  # that are over; layers of the queue's copies
 
-    def after_step(self):
+    def begin_update(self):
+        self.copy_when_due()
+
+    def copy_when_due(self):
         if self.depth != len(self.model.present_layers):
             self.depth = len(self.model.present_layers)
             self.queue.clear()
@@ -52,6 +55,7 @@ class LAWA(Method):
 
     @torch.no_grad()
     def evaluation_weights(self):
+        self.copy_when_due()  # the last one, too: no update begins after it
         if not self.queue or len(self.queue) < self.queue.maxlen:
             return {}
         # Summed anew each time: a running sum would drift, and a resumed run with it.

@@ -17,7 +17,8 @@ baseline overfits.
 Where we differ from the release: an empty draw is drawn again (there it means all layers), and a
 layer that no draw of an update kept gets no update at all (there momentum and decay go on). The
 paper never drops the first layer and multiplies what a kept layer adds by 1 / its keep probability;
-the study does neither, `--rescale` does the second.
+the study does neither, `--rescale` does the second. A batch of size tiny is one draw, so there the
+top layer misses half of the updates.
 """
 
 import itertools
@@ -36,7 +37,7 @@ ROWS_PER_DRAW = {"bert": STUDY_MICRO_BATCH["bert"]}
 class LayerDrop(Method):
     options = {
         "theta_bar": Option(
-            0.5, "final keep rate: the top layer's keep probability", minimum=0.0, maximum=1.0
+            0.5, "final keep rate: the top layer's keep probability", minimum=0.01, maximum=1.0
         ),
         "gamma": Option(100.0, "how fast it is reached (t5: 20)", minimum=0.0),
         "rescale": Option(False, "multiply what a kept layer adds by 1 / its keep probability"),

@@ -26,7 +26,10 @@ from methods.baseline import TRAINING_STREAM, Method, Option
 class MaskSchedule(Method):
     options = {
         "first_multiple": Option(
-            2.0, "of --mask_share that is predicted at the start", minimum=0.1, maximum=50.0
+            2.0,
+            "share predicted at the start, in multiples of --mask_share",
+            minimum=0.1,
+            maximum=50.0,
         ),
         "steps": Option(6, "shares that a run has (t5: 4)", minimum=2),
     }

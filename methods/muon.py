@@ -84,8 +84,8 @@ class MuonOptimizer(torch.optim.Optimizer):
 
 class Muon(Method):
     options = {
-        "matrices": Option("all", "of the layers, that are Muon's", CHOICES),
-        "momentum": Option(0.95, "decay of Muon's moment", minimum=0.0, maximum=1.0),
+        "matrices": Option("all", "which matrices of the layers Muon updates", CHOICES),
+        "momentum": Option(0.95, "of Muon, mu", minimum=0.0, maximum=1.0),
     }
     turned_off = {model: dict(matrices="none") for model in ("bert", "t5")}
 

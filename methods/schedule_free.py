@@ -17,13 +17,14 @@ must be tuned to match a schedule, says its README: rates of 1 to 10 times AdamW
 to 0.98 for very long runs.
 Where we differ: the count of updates and the sum of weights are each parameter's own, because a
 layer that stacking adds begins its average when it comes. With T5, lr d is scaled by the RMS of y.
-beta2 of BERT and the rates are guesses from the baseline's.
+beta2 of BERT and the rates of base are guesses from the baseline's.
 """
 
 import functools
 
 import torch
 
+from errors import UserError
 from methods.baseline import Method, Option
 from optimizers import RuleOptimizer, parameter_groups
 
@@ -38,8 +39,9 @@ def schedule_free_update(y, gradient, state, lr, scale, weight_decay, beta1, bet
     state["lr_max"].clamp_(min=lr)
     weight = state["lr_max"] ** 2
     state["weight_sum"] += weight
-    c = (weight / state["weight_sum"]).nan_to_num()  # 0 while the rate is
-    y.add_(c * (z - y)).add_((beta1 * (1 - c) - 1) * step)  # its share of what z moves by, below
+    c = (weight / state["weight_sum"]).nan_to_num()  # 0 / 0 while the rate is 0
+    # y moves by 1 - beta1 (1 - c) of what z moves by, on the next line.
+    y.add_(c * (z - y)).add_((beta1 * (1 - c) - 1) * step)
     z.sub_(step)
 
 
@@ -71,6 +73,8 @@ class ScheduleFree(Method):
 
     def optimizer(self):
         config = self.config
+        if not config.beta1:
+            raise UserError("--beta1 is 0; with --method=schedule_free it must be above")
         constants = dict(beta1=config.beta1, beta2=config.beta2, eps=config.eps)
         return RuleOptimizer(
             parameter_groups(self.model, config.weight_decay),

@@ -18,7 +18,7 @@ The study found: no gain over the baseline's validation loss, with three data se
 Where we differ from the release: the scoring pass predicts the masked positions only (there all of
 them: 1.82 updates in place of 1.67), T5 can use it, too, and the last validation is never lost. The
 original's history has 1,024 losses, its exponent is 3, and it selects nothing in the first pass
-over the data; as in the study there is no such phase, because its runs see the data less than once.
+over the data; the study's runs end before such a pass would, so here there is none either.
 """
 
 import math

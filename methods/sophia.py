@@ -73,7 +73,9 @@ class Sophia(Method):
     options = {
         "clip_threshold": Option(0.05, "rho: larger means fewer clipped steps", minimum=0.0),
         "hessian_interval": Option(10, "updates from one Hessian pass to the next", minimum=1),
-        "hessian_batch": Option(0, "its rows (0: bert half a batch, t5 a batch)", minimum=0),
+        "hessian_batch": Option(
+            0, "rows of a Hessian pass (0: bert: half a batch, t5: all)", minimum=0
+        ),
         "hessian_clip": Option(1.0, "limit of the norm of its gradient (0: none)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }

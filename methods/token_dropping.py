@@ -36,7 +36,7 @@ class TokenDropping(Method):
         super().__init__(*arguments)
         self.importance = torch.full((self.config.vocabulary,), 10.0, device=self.config.device)
         self.importance[self.corpus.special_ids] = 1e4
-        self.begin_update()
+        self.begin_update()  # makes the sums
 
     def begin_update(self):
         self.sums, self.counts = (torch.zeros_like(self.importance) for _ in range(2))
@@ -91,7 +91,8 @@ class TokenDropping(Method):
     def after_step(self):
         sum_over_processes([self.sums, self.counts])
         moved = 0.995 * self.importance + 0.005 * self.sums / self.counts.clamp(min=1)
-        self.importance = torch.where(self.counts > 0, moved, self.importance)  # none is special
+        # No label is a special token, so theirs stays.
+        self.importance = torch.where(self.counts > 0, moved, self.importance)
 
     def state_dict(self):
         return {"importance": self.importance}

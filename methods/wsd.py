@@ -17,6 +17,7 @@ Where we differ: w is a share of the budget. The mean rate is 0.84 of the peak (
 0.5), so the best peak is likely to be lower: try 0.5, 0.7 and 1 times the baseline's.
 """
 
+from errors import UserError
 from methods.baseline import Method, Option
 
 
@@ -26,11 +27,17 @@ class WSD(Method):
             0.05, "share of the budget in which the rate rises", minimum=0.0, maximum=1.0
         ),
         "cool_down": Option(0.2, "share of the budget in which it falls", minimum=0.0, maximum=1.0),
-        "shape": Option("sqrt", "of its fall: 1 - sqrt, or linear", ("sqrt", "linear")),
+        "shape": Option("sqrt", "of the cool-down: 1 - sqrt, or linear", ("sqrt", "linear")),
     }
     defaults = {"bert": {"tiny": dict(lr=2e-3)}}
     # T5's cosine, which starts at half the peak, is out of reach.
     turned_off = {"bert": dict(warm_up=0.5, cool_down=0.5, shape="linear")}
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        options = self.config.options
+        if options["warm_up"] + options["cool_down"] > 1:
+            raise UserError("--warm_up and --cool_down are shares of the budget: at most 1 in all")
 
     def schedule(self, progress):
         options = self.config.options

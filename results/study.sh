@@ -1,6 +1,6 @@
 #!/bin/sh
 # Every run of results/. From the project's folder, `sh results/study.sh` goes on where it was
-# stopped. It takes a day and a half of two cores, two runs at a time, a thread each.
+# stopped. It takes a day of two cores, two runs at a time, a thread each.
 set -e
 python=${PYTHON:-python}
 # A rate at which a run diverges fails (status 2); the others go on.
@@ -37,4 +37,18 @@ for seed in 0 1 2; do  # all methods of a seed close together: the machine may c
     hours pydocs t5 $seed 0.033,0.6 baseline
     hours pydocs t5 $seed 0.3 $seven
     hours english bert $seed 0.1 $seven
+done
+
+# RST at work: one plan and one seed beside no, one and three processes that multiply matrices.
+busy='import torch; torch.set_num_threads(1); a = torch.rand(512, 512)
+while True: a @ a'
+for others in 0 1 3; do
+    run=runs-under-load/$others-others
+    [ -f $run/result.json ] && continue
+    started=
+    for each in $(seq $others); do $python -c "$busy" & started="$started $!"; done
+    trap 'kill $started' EXIT
+    $python train.py --reference=results/one-thread.json --threads=1 --budget_hours=0.033 --out=$run
+    [ -z "$started" ] || kill $started
+    trap - EXIT
 done
