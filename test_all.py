@@ -3111,7 +3111,9 @@ def test_rows_before_and_after(model, corpus_folder, t5_folder, tmp_path, capsys
     corpus = Corpus(folder, row_length=32, validation_rows=9, mask_share=0.3)
     tokenizer, network = corpus.tokenizer, models.load(run / "model.pt")
     for number, (read, written, original, _) in zip((0, 3, 6), zip(*[iter(lines)] * 4)):
-        raw = corpora.gather_rows(corpus.val_tokens, np.array([number]), corpus.raw_length)
+        raw = corpora.gather_rows(
+            corpus.val_tokens, corpus.validation_set[[number]], corpus.raw_length
+        )
         text = re.sub(r"\s|\[(?!SEP)|(?<!SEP)\]", "", original)
         assert text == re.sub(r"\s|</s>", "", "".join(map(tokenizer.piece, raw[0].tolist())))
         (batch,) = list(corpus.validation_batches(1))[number : number + 1]

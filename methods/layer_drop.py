@@ -32,6 +32,7 @@ from methods.baseline import STUDY_MICRO_BATCH, Method, Option
 DRAWS = 0x1A7E5  # id of this random stream
 # BERT draws anew for each of the study's micro-batches, T5 once an update.
 ROWS_PER_DRAW = {"bert": STUDY_MICRO_BATCH["bert"]}
+BRANCHES = ("attention", "cross_attention", "feed_forward")  # what a layer adds
 
 
 class LayerDrop(Method):
@@ -48,19 +49,13 @@ class LayerDrop(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.branches = []  # of all layers: lists of the modules that add to the residual stream
-        if self.config.options["rescale"]:
-            adding = ("attention", "cross_attention", "feed_forward")
-            for layer in self.model.layers:
-                named = layer.named_modules()
-                self.branches.append(
-                    [part for name, part in named if name.split(".")[-1] in adding]
-                )
-            for part in itertools.chain(*self.branches):
-                # A buffer, and the same hook everywhere, so that one compiled graph serves all
-                # layers.
+        for layer in self.model.layers if self.config.options["rescale"] else ():
+            parts = [p for name, p in layer.named_modules() if name.split(".")[-1] in BRANCHES]
+            for part in parts:  # a buffer and one hook: one compiled graph serves all layers
                 keep_prob = torch.ones((), device=self.config.device)
                 part.register_buffer("keep_prob", keep_prob, persistent=False)
                 part.register_forward_hook(rescale)
+            self.branches.append(parts)
 
     def keep_probs(self):
         """Of all layers that the model has, now: (L,) float64."""

@@ -2,9 +2,8 @@
 
 Paper: Jiang et al. 2019, "Accelerating Deep Learning by Focusing on the Biggest Losers" (arXiv
 1910.00762).
-Idea: A forward pass is a third of an update's cost. It scores candidate rows, and a row is trained
-on with a probability that rises with its loss's rank among recent losses. Rows that are not chosen
-are gone for good.
+Idea: A forward pass, a third of an update's cost, scores candidate rows. A row is trained on with a
+probability that rises with its loss's rank among recent losses. The others are gone for good.
 
     for groups of candidates from the stream, until `batch` rows wait:
         losses of the group, without gradients; they join the history of the last `loss_history`
@@ -41,22 +40,15 @@ def percentiles(losses, history):
 
 class SelectiveBackprop(Method):
     options = {
-        "beta": Option(
-            1.0, "exponent of the percentile: a share of 1 / (1 + beta) is accepted", minimum=0.0
-        ),
-        "loss_history": Option(
-            5000, "losses that a loss is ranked among (smaller models: fewer)", minimum=1
-        ),
+        "beta": Option(1.0, "exponent of the percentile; 1 / (1 + beta) are accepted", minimum=0.0),
+        "loss_history": Option(5000, "losses to rank among (smaller models: fewer)", minimum=1),
         "selection_batch": Option(
-            STUDY_MICRO_BATCH["bert"],
-            "candidates that are ranked together, at most a batch (t5: 72)",
-            minimum=1,
+            STUDY_MICRO_BATCH["bert"], "rows ranked together, at most a batch (t5: 72)", minimum=1
         ),
         **FREE_EXTRA_PASSES,
     }
-    # With small batches 5,000 losses would be hundreds of updates old, and while the loss falls
-    # hardly a row would rank high among them: at every size the history spans as many batches as at
-    # base (3.3 of BERT's, as in the study; 35 of T5's).
+    # With small batches 5,000 losses would be hundreds of updates old. At every size the history
+    # spans as many batches as at base (3.3 of BERT's, as in the study; 35 of T5's).
     defaults = {
         "bert": {size: dict(loss_history=104) for size in ("small", "tiny")},
         "t5": {
@@ -75,9 +67,8 @@ class SelectiveBackprop(Method):
         options, batch = self.config.options, self.config.batch
         self.candidates = self.accepted = 0
         while len(self.waiting) < batch:
-            # So many groups are needed whatever their losses are: they are scored together.
             size = min(options["selection_batch"], batch)
-            groups = math.ceil((batch - len(self.waiting)) / size)
+            groups = math.ceil((batch - len(self.waiting)) / size)  # at least; scored together
             positions = self.corpus.draw(groups * size)
             with self.extra_pass():
                 losses = self.row_losses(positions)
@@ -89,8 +80,7 @@ class SelectiveBackprop(Method):
     def select(self, positions, losses):
         """Lets some rows of a group wait for training."""
         options = self.config.options
-        # A loss is always ranked among its group.
-        kept = max(options["loss_history"], len(losses))
+        kept = max(options["loss_history"], len(losses))  # a loss is ranked among its group
         self.history = np.concatenate([self.history, losses])[-kept:]
         probability = percentiles(losses, self.history) ** options["beta"]
         accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]
@@ -99,8 +89,8 @@ class SelectiveBackprop(Method):
         self.accepted += len(accepted)
 
     def report(self):
-        drawn = {"candidates": self.candidates, "accepted": self.accepted}
-        return drawn | {"waiting": len(self.waiting)}
+        drawn = dict(candidates=self.candidates, accepted=self.accepted)
+        return drawn | dict(waiting=len(self.waiting))
 
     def state_dict(self):
         return {"history": self.history.tolist(), "waiting": self.waiting.tolist()}

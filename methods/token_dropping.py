@@ -91,8 +91,7 @@ class TokenDropping(Method):
     def after_step(self):
         sum_over_processes([self.sums, self.counts])
         moved = 0.995 * self.importance + 0.005 * self.sums / self.counts.clamp(min=1)
-        # No label is a special token, so theirs stays.
-        self.importance = torch.where(self.counts > 0, moved, self.importance)
+        self.importance = torch.where(self.counts > 0, moved, self.importance)  # no special label
 
     def state_dict(self):
         return {"importance": self.importance}
