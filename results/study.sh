@@ -3,14 +3,17 @@
 # stopped. It takes a day of two cores, two runs at a time, a thread each.
 set -e
 python=${PYTHON:-python}
-# A rate at which a run diverges fails (status 2); the others go on.
-study() { $python study.py --at_once=2 --threads=1 "$@" || [ $? -eq 2 ]; }
+study() { $python study.py --at_once=2 --threads=1 "$@"; }
 adamw=stacking,layer_drop,selective_backprop,rho,token_rho,muon,wsd,lawa,length_warmup,mask_schedule
 adamw=$adamw,token_dropping,schedule_free
 
 # Tuning: five rates of every method, each twice the one before, one seed. The best ones are the
 # defaults of size tiny: python report.py runs/*steps* --csv=results/tuning.csv
-tune() { study --data=pydocs --seeds=0 --budgets= --models=$1 --budget_steps=$2 --methods=$3 --lrs=$4; }
+# A rate at which a run diverges fails (status 2); the others go on.
+tune() {
+    study --data=pydocs --seeds=0 --budgets= --models=$1 --budget_steps=$2 --methods=$3 --lrs=$4 ||
+        [ $? -eq 2 ]
+}
 rates=1e-3,2e-3,4e-3,8e-3,1.6e-2
 tune bert 2500 baseline $rates
 tune bert 2500 $adamw $rates
@@ -26,9 +29,15 @@ tune t5 1250 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
 # python rst.py --threads=1 --repeats=40 --save=results/one-thread.json, the other core busy.
 seven=baseline,stacking,layer_drop,selective_backprop,rho,lion,sophia
 newer=muon,schedule_free,wsd,lawa,token_rho,length_warmup,mask_schedule,token_dropping
-hours() { study --reference=results/one-thread.json --data=$1 --models=$2 --seeds=$3 --budgets=$4 --methods=$5; }
+hours() {
+    data=$1 model=$2 seed=$3 budgets=$4 methods=$5
+    shift 5
+    study --reference=results/one-thread.json --data=$data --models=$model --seeds=$seed \
+        --budgets=$budgets --methods=$methods "$@"
+}
 for seed in 0 1 2; do  # all methods of a seed close together: the machine may change
     hours pydocs bert $seed 0.1 $seven,$newer
+    hours pydocs bert $seed 0.1 wsd,lawa+wsd --cool_down=0  # averaging in place of decay
     hours pydocs bert $seed 0.033 $seven
     hours pydocs bert $seed 0.011 baseline  # shorter and longer ones, to read speed-ups off
     hours pydocs bert $seed 0.6 baseline
