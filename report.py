@@ -403,7 +403,7 @@ def differing_files(table):
 
 COLUMNS = """group model size data train_on reference budget_hours budget_steps method n
     validation_loss standard_deviation difference interval_95 how speed_up speed_up_low
-    speed_up_high updates rows charged_hours free_hours wall_hours stalls settings""".split()
+    speed_up_high updates rows charged_hours free_hours wall_hours stall_seconds settings""".split()
 
 
 def record_of(row, table, points, titles):

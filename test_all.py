@@ -3220,7 +3220,7 @@ def test_sample_explains_what_is_missing(tmp_path, capsys):
         ("--method=stacking --growth_times=soon", "--growth_times=soon: expected shares"),
         ("--method=stacking --growth_times=0.1,0.2,0.3", "4 layers cannot be halved 3 time(s)"),
         ("--method=selective_backprop --beta=-1", "--beta=-1.0: expected a number of at least 0"),
-        ("--method=layer_drop --theta_bar=1.5", "1.5: expected a number from 0.0 to 1.0"),
+        ("--method=layer_drop --theta_bar=1.5", "1.5: expected a number from 0.01 to 1.0"),
         ("--method=stacking --optimizer_state=drop", "invalid choice: 'drop'"),
     ],
 )
@@ -4138,7 +4138,7 @@ def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
             record = {"update": 10 * n, "validation_loss": loss, "spent_seconds": spent}
             log.write(json.dumps(record) + "\n")
     seconds = dict(charged_seconds=3600.0 * hours, free_seconds=36.0, wall_seconds=7200.0)
-    result = dict(validation_loss=losses[-1], updates=100, rows=800, stalls=2, config=config)
+    result = dict(validation_loss=losses[-1], updates=100, rows=800, stall_seconds=2.5, config=config)
     result |= seconds | dict(commit="abc", device="CPU", threads=2) | changes
     (folder / "result.json").write_text(json.dumps(result))
     return folder
@@ -4264,7 +4264,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         "| stacking | 3 | 2.9000 ± 0.1000 | -0.2000 ± 0.2484 (paired, 3) | 1.41 (<1 to >2) |",
         "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |",
         "| lion | 0 | – | – | – |",
-        "| 100 | 800 | 1 | 0.01 | 2 | 2 |",
+        "| 100 | 800 | 1 | 0.01 | 2 | 2.5 |",
         "\ncomparisons: 1; beyond its own interval: none; beyond intervals",
         "\nspeed-ups are read off the baseline's mean losses, taken as exact: 3.0000 after 1 h",
         "\nstacking compile=True: compile True, growth_times 0.125,0.3, optimizer_state keep\n",
