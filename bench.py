@@ -39,6 +39,7 @@ import methods
 import model as models
 import runs
 import train
+from config import find_corpus, parse, resolve
 from data.corpus import OBJECTIVES, to_device
 from data.prepare import SENTINELS
 from errors import UserError, exits_on_user_error
@@ -70,7 +71,7 @@ def print_header(*cells):
 
 
 def config_of(model, size, device="cpu", **flags):
-    return train.resolve({"model": model, "size": size, "device": device, **flags})
+    return resolve({"model": model, "size": size, "device": device, **flags})
 
 
 def random_batch(config, rows):
@@ -309,8 +310,8 @@ def costs(repeats, device, chosen=tuple(models.SIZES), updates=12):
         print_header("method", "an update, in the baseline's", "peak memory, GB")
         for method in methods.names():
             own = [*flags, f"--method={method}", *COST_FLAGS.get(method, [])]
-            config = train.resolve(train.parse(own)[0])
-            train.find_corpus(config)  # prepared now, not by both runs
+            config = resolve(parse(own)[0])
+            find_corpus(config)  # prepared now, not by both runs
             for name, needed in methods.find(method).prerequisites(config).items():
                 train.ensure_run(name, needed)
             compared = run_after_baseline if on_gpu else run_beside_baseline

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import model as models
+from config import find_corpus, open_corpus, resumed
 from data.corpus import MASK
 from data.prepare import load_tokenizer
 from errors import UserError, exits_on_user_error
@@ -113,10 +114,8 @@ def main(arguments=None):
     if options.text is not None:
         print(*fill(model, load_tokenizer(folder), options.text), sep="\n")
         return
-    import train  # only here, because it imports this file
-
-    config, stored = train.resumed(folder, {"device": "cpu"})
-    print_rows(model, train.open_corpus(config, train.find_corpus(config, stored["corpus"])[0]), 3)
+    config, stored = resumed(folder, {"device": "cpu"})
+    print_rows(model, open_corpus(config, find_corpus(config, stored["corpus"])[0]), 3)
 
 
 if __name__ == "__main__":

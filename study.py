@@ -18,7 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import train
+from config import parse, plan, resolve
 from errors import UserError, exits_on_user_error
 from flags import Option, Parser
 from runs import ROOT, relative_path, status
@@ -33,7 +33,7 @@ AXES = {  # the last one changes first
 
 
 def plans(options, flags):
-    """[(flags, `train.Plan`)] of every run. What is wrong with a flag or missing of a corpus is
+    """[(flags, `config.Plan`)] of every run. What is wrong with a flag or missing of a corpus is
     named before the first one starts."""
     of_single_runs = {flag: f"--{axis}, joined by commas" for axis, (flag, _) in AXES.items()}
     of_single_runs |= dict.fromkeys(("resume", "out"), "runs that are found by what they are")
@@ -53,8 +53,8 @@ def plans(options, flags):
     for values in itertools.product(*lists.values()):
         pairs = zip((flag for flag, _ in AXES.values()), values)
         own = [f"--{flag}={value}" for flag, value in pairs if value] + flags
-        typed, _ = train.parse(own)
-        planned = train.plan(train.resolve(typed))
+        typed, _ = parse(own)
+        planned = plan(resolve(typed))
         found[planned.folder] = own, planned  # what is listed twice is one run
     return list(found.values())
 

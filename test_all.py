@@ -57,6 +57,7 @@ import study
 import tasks
 import train
 import transformers_folder
+from config import Config
 from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND_STREAM, Corpus, hash_of, permute
@@ -2197,7 +2198,7 @@ def test_contract_declarations(name):
         assert not meant, f"{attribute} is no hook; is {meant} meant? If not, choose another name"
     saves = cls.state_dict is not Method.state_dict
     assert saves == (cls.load_state_dict is not Method.load_state_dict), "a resumed run needs both"
-    common = {field.name: field for field in dataclasses.fields(train.Config)}
+    common = {field.name: field for field in dataclasses.fields(Config)}
     for flag, option in cls.options.items():
         assert flag.isidentifier() and isinstance(option, Option) and flag not in common, flag
         assert isinstance(option.default, (bool, int, float, str)), flag
@@ -4138,8 +4139,8 @@ def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
             record = {"update": 10 * n, "validation_loss": loss, "spent_seconds": spent}
             log.write(json.dumps(record) + "\n")
     seconds = dict(charged_seconds=3600.0 * hours, free_seconds=36.0, wall_seconds=7200.0)
-    result = dict(validation_loss=losses[-1], updates=100, rows=800, stall_seconds=2.5, config=config)
-    result |= seconds | dict(commit="abc", device="CPU", threads=2) | changes
+    result = dict(validation_loss=losses[-1], updates=100, rows=800, config=config)
+    result |= seconds | dict(stall_seconds=2.5, commit="abc", device="CPU", threads=2) | changes
     (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -4624,12 +4625,13 @@ def test_a_study_stops_on_ctrl_c_and_goes_past_a_failure(project, corpus_folder)
 
 
 def test_the_loop_names_no_method_and_the_readme_names_the_files():
-    readme, source = (ROOT / "README.md").read_text(), (ROOT / "train.py").read_text()
+    readme = (ROOT / "README.md").read_text()
+    source = (ROOT / "train.py").read_text() + (ROOT / "config.py").read_text()
     for pattern in ("*.py", "data/*.py", "tasks/*.py"):
         for path in ROOT.glob(pattern):
             assert path.name in readme, path
     assert len(readme.split()) <= 1300
-    flags = {field.name for field in dataclasses.fields(train.Config)} | {"resume", "help"}
+    flags = {field.name for field in dataclasses.fields(Config)} | {"resume", "help"}
     assert set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)) <= flags
     for name in set(methods.names()) - {"baseline"}:
         assert not re.search(rf"(?<![a-z]){name}(?![a-z])", source), name
