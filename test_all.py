@@ -57,7 +57,7 @@ import study
 import tasks
 import train
 import transformers_folder
-from config import Config
+from config import Config, open_corpus, parse, plan, resolve, resumed
 from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND_STREAM, Corpus, hash_of, permute
@@ -1424,8 +1424,8 @@ def test_methods_are_found_by_file_and_combined(method_files, capsys):
     # The other one declares none.
     assert methods.find("wide+narrow_layers").defaults("bert", "base")["lr"] == 0.5
     assert methods.find("rho+wsd").defaults("bert", "tiny", {"lr"})["weight_decay"] == 0.01
-    typed, _ = train.parse(["--method=wide", "--factor=3", "--lr", "7", "--device=cpu"])
-    config = train.resolve(typed)
+    typed, _ = parse(["--method=wide", "--factor=3", "--lr", "7", "--device=cpu"])
+    config = resolve(typed)
     assert config.options == {"factor": 3} and config.lr == 7.0 and config.weight_decay == 0.3
     for flags, message in (
         ("--method=wide+narrow", "wide and narrow both choose the rows"),
@@ -1794,11 +1794,11 @@ def started(corpus_folder, t5_folder, tmp_path, monkeypatch):
     def start(name, model, *flags, prerequisites=None):
         folder = corpus_folder if model == "bert" else t5_folder
         own = f"--model={model} --method={name}"
-        config = train.resolve(train.parse(small_run(folder, tmp_path / "run", own, *flags))[0])
+        config = resolve(parse(small_run(folder, tmp_path / "run", own, *flags))[0])
         torch.manual_seed(config.seed)
         network, this = models.build(model, "tiny", 512), rst.find_reference("this")
         clock = rst.Clock(this, model, "cpu", budget_updates=config.budget_steps or 100)
-        corpus = train.open_corpus(config)
+        corpus = open_corpus(config)
         method = methods.find(name).start(network, corpus, clock, config, prerequisites or {})
         network.present_layers = method.layers()
         return method, method.methods[name], method.optimizer_in_use
@@ -2249,7 +2249,7 @@ def test_contract_validation_is_the_models_own(contract, name, model):
     """What result.json says, computed from what was saved."""
     folder = contract(name, model)
     result = json.loads((folder / "result.json").read_text())
-    corpus = train.open_corpus(train.resumed(folder, {})[0])
+    corpus = open_corpus(resumed(folder, {})[0])
     loss = train.validate(models.load(folder / "model.pt"), corpus, 8)
     assert loss == pytest.approx(result["validation_loss"], rel=1e-5)
 
@@ -2300,10 +2300,10 @@ flags_of_all, size = json.loads(Path(sys.argv[2]).read_text())
 for sizes in model.SIZES.values():
     sizes["tiny"] = size
 for number, flags in enumerate(flags_of_all):
-    config = train.resolve(train.parse(flags)[0])
+    config = resolve(parse(flags)[0])
     if not number:
         train.start_processes(config)
-    train.train(train.plan(config))
+    train.train(plan(config))
     sums = rst.fingerprint(clocks[-1].weights)[1]
     name = f"weights-of-process-{parallel.process()}.json"
     (Path(config.out) / name).write_text(json.dumps(sums))
@@ -2680,7 +2680,7 @@ def test_the_default_micro_batch_fits_a_gpu(on_gpu, monkeypatch, model):
         flags = {"model": model, "size": "base", "device": "cuda", "dtype": dtype}
 
         def step(rows):
-            config = train.resolve(flags | {"micro_batch": rows, "compile": False})
+            config = resolve(flags | {"micro_batch": rows, "compile": False})
             language_model = models.build(model, "base", config.vocabulary).to("cuda")
             language_model.autocast_dtype = models.DTYPES[dtype]
             batch = bench.random_batch(config, rows)
@@ -2699,7 +2699,7 @@ def test_the_default_micro_batch_fits_a_gpu(on_gpu, monkeypatch, model):
     ):
         with fake_cuda(memory_bytes=memory), pytest.MonkeyPatch.context() as patch:
             patch.setenv("WORLD_SIZE", str(processes))
-            config = train.resolve({"model": model, "device": "cuda"})
+            config = resolve({"model": model, "device": "cuda"})
             assert (config.size, config.compile) == ("base", True)
             assert config.micro_batch == expected[model], (memory, processes)
 
@@ -2707,7 +2707,7 @@ def test_the_default_micro_batch_fits_a_gpu(on_gpu, monkeypatch, model):
 @pytest.mark.skipif(bool(torch.version.cuda), reason="needs a torch without CUDA")
 def test_more_processes_than_gpus(monkeypatch):
     with fake_cuda():
-        config = train.resolve({"device": "cuda"})
+        config = resolve({"device": "cuda"})
         monkeypatch.setenv("LOCAL_RANK", "1")
         with pytest.raises(UserError, match=r"--device=cuda:1: torch sees 1 GPU\(s\) here"):
             train.start_processes(config)
@@ -4126,7 +4126,7 @@ def test_t5_folders_are_read_whole_or_refused(tmp_path):
 def write_run(folder, losses, method="baseline", seed=0, hours=1.0, **changes):
     """A finished run's folder, with the losses of its validations."""
     flags = {"method": method, "seed": seed, "budget_hours": hours, "data": "text", "device": "cpu"}
-    config = dataclasses.asdict(train.resolve(flags)) | {"reference": "mine.json"}
+    config = dataclasses.asdict(resolve(flags)) | {"reference": "mine.json"}
     config |= changes.pop("config", {})
     stored = {"id": "0", "config": config, "corpus": "c"}
     stored["reference"] = {"probe_seconds": {"bert": 1.0}, "provenance": "a CPU"}
