@@ -57,7 +57,7 @@ import study
 import tasks
 import train
 import transformers_folder
-from config import Config, open_corpus, parse, plan, resolve, resumed
+from config import Config, open_corpus, parse, resolve, resumed
 from data import corpus as corpora
 from data import prepare
 from data.corpus import MASK, SECOND_STREAM, Corpus, hash_of, permute
@@ -2292,6 +2292,7 @@ TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
 import rst, model, parallel, runs, train
+from config import parse, plan, resolve
 runs.ROOT = Path(sys.argv[1])
 clocks = []
 init = rst.Clock.__init__
