@@ -382,11 +382,15 @@ class Job:
     device: str
     out: Path
 
+    def load(self, task_name, seed):
+        """The rows of a task, (training, {name suffix: evaluated}); downloads what is missing."""
+        with runs.locked(self.data_dir, wait=True):
+            return tasks.find(self.suite_name).load(task_name, self.data_dir, self.url, seed)
+
     def run(self, task_name, seed):
         """One task with one seed, unless its result is there; returns the result."""
-        suite, started = tasks.find(self.suite_name), time.perf_counter()
-        with runs.locked(self.data_dir, wait=True):
-            training, evaluated = suite.load(task_name, self.data_dir, self.url, seed)
+        started = time.perf_counter()
+        training, evaluated = self.load(task_name, seed)
         evaluated_rows = list(itertools.chain(*evaluated.values()))
         recipe = dataclasses.asdict(self.recipe)
         del recipe["seeds"]
@@ -411,7 +415,7 @@ class Job:
         model, tokenizer = load_run(self.folder, self.recipe.dropout, self.untrained, seed)
         model.autocast_dtype = models.DTYPES[self.recipe.dtype]
         torch.manual_seed(seed)  # of the classifier
-        task = suite.TASKS[task_name]
+        task = tasks.find(self.suite_name).TASKS[task_name]
         learner = KINDS[self.kind](model, tokenizer, task, self.recipe).to(self.device)
         epochs = finetune(learner, task, training, evaluated, self.recipe, seed, self.device, label)
         last = epochs[-1]["scores"]
@@ -490,6 +494,8 @@ def main(arguments=None):
     )
     try:
         with explains_out_of_memory(too_small):
+            for name in chosen:  # a damaged file is named before anything trains
+                job.load(name, seeds[0])
             results = [job.run(name, seed) for name in chosen for seed in seeds]
     except KeyboardInterrupt:
         print0("stopped; what is finished is kept, and the same command goes on with the rest")

@@ -4041,6 +4041,15 @@ def test_a_mistake_in_fine_tuning_is_a_message(finished_runs, tmp_path, capsys, 
     assert not out.exists()
 
 
+def test_a_damaged_task_is_named_before_another_trains(finished_runs, tmp_path, capsys):
+    glue_files(tmp_path)
+    (tmp_path / "MRPC" / "dev.tsv").write_text("Quality\n7\n")
+    out, flags = tmp_path / "out", ("--task=sst2,mrpc", f"--data_dir={tmp_path}")
+    with pytest.raises(SystemExit):
+        finetuned(finished_runs["bert"], "glue", *flags, f"--out={out}")
+    assert "dev.tsv" in capsys.readouterr().err and not out.exists()
+
+
 def test_only_a_finished_run_is_fine_tuned(finished_runs, tmp_path, capsys):
     def refused(run, message):
         with pytest.raises(SystemExit):
