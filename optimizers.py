@@ -170,6 +170,5 @@ class AdamWScale(RuleOptimizer):
     update."""
 
     def __init__(self, groups, lr, betas, eps, compile=False):
-        constants = dict(beta1=betas[0], beta2=betas[1], eps=eps)
-        rule = functools.partial(adamw_scale_update, **constants)
+        rule = functools.partial(adamw_scale_update, beta1=betas[0], beta2=betas[1], eps=eps)
         super().__init__(groups, lr, rule, new_moments, rms_scaling=True, compile=compile)

@@ -8,8 +8,8 @@ A table has the runs that may be compared: of one model and size, on the same ro
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
 are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
 fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its 95%
-interval is Student's, for so few runs. Charged hours are the reference's; free, wall and stalled
-time is that of the machines of the runs. What is missing is shown as missing; what is unfinished or
+interval is Student's, for so few runs. Charged hours and stalled seconds are the reference's; free
+and wall hours are the runs' machines'. What is missing is shown as missing; what is unfinished or
 damaged is named.
 """
 

@@ -17,6 +17,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -239,20 +240,18 @@ def fastest_dtype(device):
     """The dtype that this machine trains fastest in. A lower precision must multiply matrices 1.3
     times as fast as fp32 (GPUs and CPUs with bf16 units do), so that noise cannot decide."""
     low = torch.float16 if low_precision(device) == "fp16" else torch.bfloat16
-    candidates = [torch.float32, low]
     size = 512 if torch.device(device).type == "cpu" else 4096
-
-    matrices = [torch.ones(size, size, device=device, dtype=dtype) for dtype in candidates]
-    times = [[], []]
-    for _ in range(10):  # in turns, and the best of each: other work on the machine cannot decide
-        for matrix, seconds in zip(matrices, times):
-            synchronise(device)
-            start = time.perf_counter()
-            matrix @ matrix
-            synchronise(device)
-            seconds.append(time.perf_counter() - start)
-    full, low = map(min, times)
-    return candidates[1] if full > 1.3 * low else candidates[0]
+    matrices = [
+        torch.ones(size, size, device=device, dtype=dtype) for dtype in (torch.float32, low)
+    ]
+    best = {torch.float32: math.inf, low: math.inf}  # seconds
+    for matrix in 10 * matrices:  # in turns, so that a change of load hits both
+        synchronise(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronise(device)
+        best[matrix.dtype] = min(best[matrix.dtype], time.perf_counter() - start)
+    return low if best[torch.float32] > 1.3 * best[low] else torch.float32
 
 
 # -- The clock -------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ class Clock:
     def charged(self):
         """One update: what happens in this block is charged, less its free blocks."""
         synchronise(self.device)
-        wait_for_all()  # whoever is ready first is not charged for the others
+        wait_for_all()  # a process that is ready early is not charged for waiting
         self.free_block_seconds, start = 0.0, time.perf_counter()
         yield
         synchronise(self.device)

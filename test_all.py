@@ -738,7 +738,7 @@ def test_span_corruption(row_length, expected):
 
 def test_t5_unigram_entropy(t5_folder):
     corpus = Corpus(t5_folder, row_length=32, validation_rows=40)
-    indices = corpus.validation_set
+    indices = corpus.validation_indices
     rows = torch.from_numpy(corpora.gather_rows(corpus.val_tokens, indices, corpus.raw_length))
     positions = torch.arange(len(rows))
     labels = [corpus.objective(rows, positions, key)["labels"].flatten() for key in range(200)]
@@ -1431,7 +1431,7 @@ def test_methods_are_found_by_file_and_combined(method_files, capsys):
         ("--method=wide+narrow", "wide and narrow both choose the rows"),
         ("--method=wide+wide", "wide is listed twice"),
         ("--method=wsd --schedule=cosine", "--schedule=cosine: wsd sets the learning rate itself"),
-        ("--method=rho+wsd", "rho has 0.008 and wsd 0.002 as --lr; say which"),
+        ("--method=rho+wsd", "rho has 0.008 and wsd 0.002 as --lr; type --lr"),
         ("--method=none", "no method 'none'; there are baseline, lawa"),
         ("--method=wide --factor=x", "--factor"),
         ("--factor=3", "unknown flag --factor"),
@@ -3114,7 +3114,7 @@ def test_rows_before_and_after(model, corpus_folder, t5_folder, tmp_path, capsys
     tokenizer, network = corpus.tokenizer, models.load(run / "model.pt")
     for number, (read, written, original, _) in zip((0, 3, 6), zip(*[iter(lines)] * 4)):
         raw = corpora.gather_rows(
-            corpus.val_tokens, corpus.validation_set[[number]], corpus.raw_length
+            corpus.val_tokens, corpus.validation_indices[[number]], corpus.raw_length
         )
         text = re.sub(r"\s|\[(?!SEP)|(?<!SEP)\]", "", original)
         assert text == re.sub(r"\s|</s>", "", "".join(map(tokenizer.piece, raw[0].tolist())))

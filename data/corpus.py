@@ -281,8 +281,8 @@ class Corpus:
                 f"{self.validation_rows} to validate on; "
                 "both need at least one: prepare more text"
             )
-        # Evenly spaced: the documents are in the corpus's order, so the first are of one source.
-        self.validation_set = (
+        # Evenly spaced: val.bin keeps the order of the sources, so its first rows are of few.
+        self.validation_indices = (
             np.arange(self.validation_rows) * all_validation_rows // self.validation_rows
         )
         self.special_ids = slice(1, len(SPECIAL_TOKENS))  # of BERT's rows: all but [PAD]
@@ -357,13 +357,13 @@ class Corpus:
         """This process's validation rows in batches. They are spread over val.bin and corrupted by
         a key that no seed changes: all runs on a corpus are measured on the same."""
         # Every process has each n-th row: together they have all of them, whatever their number.
-        indices = np.arange(process, self.validation_rows, processes)
-        for first in range(0, len(indices), rows_per_batch):
-            yield self.validation_batch(indices[first : first + rows_per_batch])
+        numbers = np.arange(process, self.validation_rows, processes)
+        for first in range(0, len(numbers), rows_per_batch):
+            yield self.validation_batch(numbers[first : first + rows_per_batch])
 
-    def validation_batch(self, indices, device=None):
+    def validation_batch(self, numbers, device=None):
         """These of the validation rows, corrupted, on this device (the run's)."""
-        indices = self.validation_set[indices]
+        indices = self.validation_indices[numbers]
         arrays = gather_rows(self.val_tokens, indices, self.raw_length), indices
         rows, positions = (
             to_device(torch.from_numpy(array), device or self.device) for array in arrays
@@ -376,7 +376,7 @@ class Corpus:
     def unigram_entropy(self):
         """Entropy in nats of the labels' frequencies on the validation rows: the loss of a model
         that knows the frequencies and reads no context."""
-        rows = gather_rows(self.val_tokens, self.validation_set, self.raw_length)
+        rows = gather_rows(self.val_tokens, self.validation_indices, self.raw_length)
         counts = self.objective.label_counts(
             np.bincount(rows.ravel(), minlength=self.vocabulary_size).astype(float), len(rows)
         )

@@ -90,11 +90,13 @@ class Combination:
 
         values, set_by = of(Method), {}
         for name, cls in self.classes.items():
-            for flag, value in of(cls).items() if cls.defaults is not Method.defaults else ():
+            if cls.defaults is Method.defaults:
+                continue
+            for flag, value in of(cls).items():
                 other, is_last = set_by.get(flag), name == self.owner["optimizer"]
                 if other and value != values[flag] and not is_last and flag not in typed:
                     both = f"{other} has {values[flag]} and {name} {value}"
-                    raise UserError(f"--method={self.name}: {both} as --{flag}; say which")
+                    raise UserError(f"--method={self.name}: {both} as --{flag}; type --{flag}")
                 values[flag], set_by[flag] = value, name
         return values
 

@@ -51,8 +51,8 @@ class Method:
             on are gone; `draw(count, SECOND_STREAM)` is for passes that train nothing: the same
             rows in another order, under other masks); `batch(positions, stream)`, their rows;
             `uniform(*integers)`, a number in [0, 1) that is always the same for the same integers
-            (arrays of them give an array), so on all processes and after a resume. Begin with a
-            constant of your own. For many numbers seed a generator with int(2**32 * uniform(...)).
+            (arrays of them give an array), so on all processes and after a resume. Begin with an
+            integer of your own.
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
             BERT in the columns "positions" (B, P). In training no label is missing.
         self.clock: `progress`, the share of the budget that is spent; `updates`, made before this

@@ -49,7 +49,7 @@ class LAWA(Method):
             self.queue.clear()
         interval = self.config.options["interval"]
         intervals = int(self.clock.progress / interval + 1e-9)  # 0.3 / 0.1 is below 3
-        if intervals > self.intervals:
+        if intervals > self.intervals and self.queue.maxlen:
             self.intervals = intervals
             self.queue.append([parameter.detach().clone() for parameter in self.model.parameters()])
 

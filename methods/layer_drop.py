@@ -17,8 +17,8 @@ baseline overfits.
 Where we differ from the release: an empty draw is drawn again (there it means all layers), and a
 layer that no draw of an update kept gets no update at all (there momentum and decay go on). The
 paper never drops the first layer and multiplies what a kept layer adds by 1 / its keep probability;
-the study does neither, `--rescale` does the second. A batch of size tiny is one draw, so there the
-top layer misses half of the updates.
+the study does neither, `--rescale` does the second. Where an update is one draw (T5; BERT's sizes
+tiny and small) the top layer misses half of the updates.
 """
 
 import itertools
@@ -49,7 +49,9 @@ class LayerDrop(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.branches = []  # of all layers: lists of the modules that add to the residual stream
-        for layer in self.model.layers if self.config.options["rescale"] else ():
+        for layer in self.model.layers:
+            if not self.config.options["rescale"]:
+                break
             parts = [p for name, p in layer.named_modules() if name.split(".")[-1] in BRANCHES]
             for part in parts:  # a buffer and one hook: one compiled graph serves all layers
                 keep_prob = torch.ones((), device=self.config.device)

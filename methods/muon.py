@@ -85,7 +85,7 @@ class MuonOptimizer(torch.optim.Optimizer):
 class Muon(Method):
     options = {
         "matrices": Option("all", "which matrices of the layers Muon updates", CHOICES),
-        "momentum": Option(0.95, "of Muon, mu", minimum=0.0, maximum=1.0),
+        "momentum": Option(0.95, "mu, the momentum's decay", minimum=0.0, maximum=1.0),
     }
     turned_off = {model: dict(matrices="none") for model in ("bert", "t5")}
 

@@ -74,7 +74,7 @@ class ScheduleFree(Method):
     def optimizer(self):
         config = self.config
         if not config.beta1:
-            raise UserError("--beta1 is 0; with --method=schedule_free it must be above")
+            raise UserError("--beta1=0: schedule_free needs a value above 0")
         constants = dict(beta1=config.beta1, beta2=config.beta2, eps=config.eps)
         return RuleOptimizer(
             parameter_groups(self.model, config.weight_decay),

@@ -68,7 +68,7 @@ class SelectiveBackprop(Method):
         self.candidates = self.accepted = 0
         while len(self.waiting) < batch:
             size = min(options["selection_batch"], batch)
-            groups = math.ceil((batch - len(self.waiting)) / size)  # at least; scored together
+            groups = math.ceil((batch - len(self.waiting)) / size)  # needed in any case
             positions = self.corpus.draw(groups * size)
             with self.extra_pass():
                 losses = self.row_losses(positions)
@@ -89,8 +89,8 @@ class SelectiveBackprop(Method):
         self.accepted += len(accepted)
 
     def report(self):
-        drawn = dict(candidates=self.candidates, accepted=self.accepted)
-        return drawn | dict(waiting=len(self.waiting))
+        waiting = len(self.waiting)
+        return dict(candidates=self.candidates, accepted=self.accepted, waiting=waiting)
 
     def state_dict(self):
         return {"history": self.history.tolist(), "waiting": self.waiting.tolist()}

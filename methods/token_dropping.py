@@ -35,7 +35,7 @@ class TokenDropping(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.importance = torch.full((self.config.vocabulary,), 10.0, device=self.config.device)
-        self.importance[self.corpus.special_ids] = 1e4
+        self.importance[self.corpus.special_ids] = 1e4  # it stays: they are never labels
         self.begin_update()  # makes the sums
 
     def begin_update(self):
@@ -91,7 +91,7 @@ class TokenDropping(Method):
     def after_step(self):
         sum_over_processes([self.sums, self.counts])
         moved = 0.995 * self.importance + 0.005 * self.sums / self.counts.clamp(min=1)
-        self.importance = torch.where(self.counts > 0, moved, self.importance)  # no special label
+        self.importance = torch.where(self.counts > 0, moved, self.importance)
 
     def state_dict(self):
         return {"importance": self.importance}

@@ -36,8 +36,10 @@ class WSD(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         options = self.config.options
-        if options["warm_up"] + options["cool_down"] > 1:
-            raise UserError("--warm_up and --cool_down are shares of the budget: at most 1 in all")
+        warm_up, cool_down = options["warm_up"], options["cool_down"]
+        if warm_up + cool_down > 1:
+            both = f"--warm_up={warm_up:g} and --cool_down={cool_down:g}"
+            raise UserError(f"{both} are shares of the budget: at most 1 in all")
 
     def schedule(self, progress):
         options = self.config.options

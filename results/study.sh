@@ -9,7 +9,7 @@ adamw=$adamw,token_dropping,schedule_free
 
 # Tuning: five rates of every method, each twice the one before, one seed. The best ones are the
 # defaults of size tiny: python report.py runs/*steps* --csv=results/tuning.csv
-# A rate at which a run diverges fails (status 2); the others go on.
+# A run that diverges fails (status 2), and the others go on.
 tune() {
     study --data=pydocs --seeds=0 --budgets= --models=$1 --budget_steps=$2 --methods=$3 --lrs=$4 ||
         [ $? -eq 2 ]
@@ -30,10 +30,7 @@ tune t5 1250 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
 seven=baseline,stacking,layer_drop,selective_backprop,rho,lion,sophia
 newer=muon,schedule_free,wsd,lawa,token_rho,length_warmup,mask_schedule,token_dropping
 hours() {
-    data=$1 model=$2 seed=$3 budgets=$4 methods=$5
-    shift 5
-    study --reference=results/one-thread.json --data=$data --models=$model --seeds=$seed \
-        --budgets=$budgets --methods=$methods "$@"
+    study --reference=results/one-thread.json --data=$1 --models=$2 --seeds=$3 --budgets=$4 --methods=$5 $6
 }
 for seed in 0 1 2; do  # all methods of a seed close together: the machine may change
     hours pydocs bert $seed 0.1 $seven,$newer
@@ -55,9 +52,10 @@ for others in 0 1 3; do
     run=runs-under-load/$others-others
     [ -f $run/result.json ] && continue
     started=
+    stop() { [ -z "$started" ] || kill $started; started=; }
+    trap stop EXIT
     for each in $(seq $others); do $python -c "$busy" & started="$started $!"; done
-    trap 'kill $started' EXIT
-    $python train.py --reference=results/one-thread.json --threads=1 --budget_hours=0.033 --out=$run
-    [ -z "$started" ] || kill $started
-    trap - EXIT
+    $python train.py --model=bert --size=tiny --data=pydocs --device=cpu --threads=1 --out=$run \
+        --reference=results/one-thread.json --budget_hours=0.033
+    stop
 done
