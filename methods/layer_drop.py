@@ -43,7 +43,7 @@ class LayerDrop(Method):
         "gamma": Option(100.0, "how fast it is reached (t5: 20)", minimum=0.0),
         "rescale": Option(False, "multiply what a kept layer adds by 1 / its keep probability"),
     }
-    defaults = {"t5": {"base": dict(gamma=20.0, lr=1e-2), "tiny": dict(lr=2e-2)}}
+    defaults = {"t5": {"base": dict(gamma=20.0, lr=1e-2), "tiny": dict(lr=4e-2)}}
     turned_off = {model: dict(theta_bar=1.0) for model in ("bert", "t5")}
 
     def __init__(self, *arguments):

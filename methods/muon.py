@@ -47,8 +47,7 @@ def orthogonalise(matrices, dtype):
 
 
 def fast_dtype(device):
-    """bf16 on a GPU; fp32 on a CPU, where bf16 can be slower even if it is supported. (Never fp16:
-    its range is too small.)"""
+    """bf16; on a CPU, where that can be slower, fp32. (fp16's range is too small.)"""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -87,6 +86,7 @@ class Muon(Method):
         "matrices": Option("all", "which matrices of the layers Muon updates", CHOICES),
         "momentum": Option(0.95, "mu, the momentum's decay", minimum=0.0, maximum=1.0),
     }
+    defaults = {"t5": {"tiny": dict(lr=8e-2)}}
     turned_off = {model: dict(matrices="none") for model in ("bert", "t5")}
 
     def optimizer(self):

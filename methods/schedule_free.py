@@ -64,7 +64,7 @@ class ScheduleFree(Method):
     }
     defaults = {
         "bert": {"base": dict(lr=2e-3, beta1=0.9, beta2=0.98), "tiny": dict(lr=4e-3)},
-        "t5": {"base": dict(lr=4e-2, beta1=0.9, beta2=0.999)},
+        "t5": {"base": dict(lr=4e-2, beta1=0.9, beta2=0.999), "tiny": dict(lr=8e-2)},
     }
 
     def schedule(self, progress):

@@ -83,7 +83,7 @@ class Sophia(Method):
     recipe = dict(beta1=0.965, beta2=0.99, eps=1e-15)
     defaults = {
         "bert": {"base": dict(lr=4e-4, weight_decay=0.015, **recipe), "tiny": dict(lr=5e-4)},
-        "t5": {"base": dict(lr=1e-3, weight_decay=0.0, **recipe), "tiny": dict(lr=1e-2)},
+        "t5": {"base": dict(lr=1e-3, weight_decay=0.0, **recipe), "tiny": dict(lr=5e-3)},
     }
 
     def __init__(self, *arguments):
