@@ -4495,7 +4495,6 @@ def test_the_tables_of_results_are_the_reports(tmp_path, capsys):
     assert (tmp_path / "study.csv").read_text() == (ROOT / "results" / "study.csv").read_text()
 
 
-@pytest.mark.skipif(not (ROOT / "results" / "tuning.csv").exists(), reason="not made yet")
 def test_tinys_rates_are_the_best_of_five_trials():
     """Each method's default rate is the best of its trials, with a worse one on both sides; and the
     page has them all."""
