@@ -271,8 +271,8 @@ class Clock:
     before the run eight are taken.
 
         On the reference a probe takes 0.20 s. Here the last ones took 0.24, 0.25, 0.26 and 0.90 s:
-        without 0.24 and 0.90 the mean is 0.255 s, so the factor is 0.20 / 0.255 = 0.78.
-        An update that takes 1.5 s here, 0.2 s of them free, is charged (1.5 - 0.2) x 0.78 = 1.02 s.
+        without 0.24 and 0.90 the mean is 0.255 s, so the factor is 0.20 / 0.255 = 0.784.
+        An update that takes 1.5 s here, 0.2 s of them free, is charged 1.3 x 0.784 = 1.02 s.
         Two processes at that factor are two machines, so theirs add up, to 2 x 0.784 = 1.57: if the
         slower one's update takes these 1.3 s, it is charged 1.3 x 1.57 = 2.04 s.
 

@@ -4708,7 +4708,6 @@ def test_the_pages_commands_run(
     main, quick = PROGRAMS[program]
     model = "t5" if program == "transformers_folder.py" else "bert"
     shutil.copytree(finished_runs[model], tmp_path / "runs" / "NAME")
-    shutil.copytree(finished_runs[model], tmp_path / "runs" / "some-1000steps")
     words = [
         file
         for word in words
