@@ -33,18 +33,16 @@ newer=muon,schedule_free,wsd,lawa,token_rho,length_warmup,mask_schedule,token_dr
 hours() {
     study --reference=results/one-thread.json --data=$1 --models=$2 --seeds=$3 --budgets=$4 --methods=$5 $6
 }
-for seed in 0 1 2; do  # all methods of a seed close together: the machine may change
-    hours pydocs bert $seed 0.1 $seven,$newer
-    hours pydocs bert $seed 0.1 wsd,lawa+wsd --cool_down=0  # averaging in place of decay
-    hours pydocs bert $seed 0.033 $seven
-    hours pydocs bert $seed 0.011 baseline  # shorter and longer ones, to read speed-ups off
-    hours pydocs bert $seed 0.6 baseline
-    hours pydocs bert $seed 0.3 $seven
-    hours pydocs t5 $seed 0.1 $seven,$newer
-    hours pydocs t5 $seed 0.033,0.6 baseline
-    hours pydocs t5 $seed 0.3 $seven
-    hours english bert $seed 0.1 $seven
-done
+# The seeds of one budget follow one another: where the machine changed, it did between budgets.
+hours pydocs bert 0,1,2 0.1 $seven,$newer
+hours pydocs bert 0,1,2 0.1 wsd,lawa+wsd --cool_down=0  # averaging in place of decay
+hours pydocs bert 0,1,2 0.033 $seven
+hours pydocs t5 0,1,2 0.1 $seven,$newer
+hours english bert 0,1,2 0.1 $seven
+hours pydocs bert 0,1,2 0.3 $seven
+hours pydocs t5 0,1,2 0.3 $seven
+hours pydocs bert 0,1,2 0.011,0.6 baseline  # shorter and longer ones, to read speed-ups off
+hours pydocs t5 0,1,2 0.033,0.6 baseline
 
 # RST at work: one plan and one seed beside no, one and three processes that multiply matrices.
 busy='import torch; torch.set_num_threads(1); a = torch.rand(512, 512)
