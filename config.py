@@ -180,7 +180,7 @@ def resolve(typed):
     kind = "cuda" if device.startswith("cuda") else "cpu"
     size = values["size"] or ("base" if kind == "cuda" else "tiny")
     recipe = method.defaults(model, size, typed | typed.get("options", {}))
-    dtype = rst.low_precision(device)
+    dtype = rst.default_precision(device)
     dtype = dtype if method.trains_in(dtype) else "fp32"
     defaults = dict(device=device, size=size, dtype=dtype, compile=kind == "cuda")
     defaults |= {"reference": "this", "mask_share": MASK_SHARE}

@@ -350,7 +350,7 @@ def recipe_of(suite, typed):
     """The suite's recipe with what was typed over it."""
     changes = {name: typed[name] for name in RECIPE_FLAGS if typed[name] is not None}
     recipe = dataclasses.replace(suite.RECIPE, **changes)
-    low = rst.low_precision(typed["device"])
+    low = rst.default_precision(typed["device"])
     dtype = recipe.dtype or (low if low != "fp16" else "fp32")  # fp16 would need a loss scale
     return dataclasses.replace(recipe, dtype=dtype)
 

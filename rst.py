@@ -17,7 +17,6 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import math
 import os
 import platform
 import re
@@ -153,12 +152,16 @@ PROBES = {
 }
 
 
-class Probe:
-    """One Transformer layer, forward and backward with weight gradients, not compiled, in a given
-    dtype."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-    def __init__(self, name, device, dtype):
-        self.name, self.device, self.dtype = name, torch.device(device), dtype
+
+class Probe:
+    """One Transformer layer, forward and backward with weight gradients, not compiled, in the
+    precision that the device trains in unless it is told otherwise."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, torch.device(device)
+        self.dtype = DTYPES[default_precision(device)]
         self.full_rows = PROBES[name]["rows"]
         self.rows = 1 if self.device.type == "cpu" else self.full_rows
         generator = torch.Generator().manual_seed(0)
@@ -228,30 +231,12 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
-def low_precision(device):
+def default_precision(device):
     """What a device trains in unless it is told otherwise: "bf16" on a GPU, "fp16" before Ampere,
     where bf16 is emulated, and "fp32" on a CPU, of which few have units for less."""
     if torch.device(device).type == "cpu":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-
-
-def fastest_dtype(device):
-    """The dtype that this machine trains fastest in. A lower precision must multiply matrices 1.3
-    times as fast as fp32 (GPUs and CPUs with bf16 units do), so that noise cannot decide."""
-    low = torch.float16 if low_precision(device) == "fp16" else torch.bfloat16
-    size = 512 if torch.device(device).type == "cpu" else 4096
-    matrices = [
-        torch.ones(size, size, device=device, dtype=dtype) for dtype in (torch.float32, low)
-    ]
-    best = {torch.float32: math.inf, low: math.inf}  # seconds
-    for matrix in 10 * matrices:  # in turns, so that a change of load hits both
-        synchronise(device)
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronise(device)
-        best[matrix.dtype] = min(best[matrix.dtype], time.perf_counter() - start)
-    return low if best[torch.float32] > 1.3 * best[low] else torch.float32
 
 
 # -- The clock -------------------------------------------------------------------------------------
@@ -302,7 +287,7 @@ class Clock:
         self.factor, self.factor_history = 1.0, []  # [spent seconds, factor]
         if known := reference.probe_seconds:
             name = model if model in known else next(iter(known))
-            self.probe = Probe(name, device, fastest_dtype(device))
+            self.probe = Probe(name, device)
             self.probe.seconds()  # warm-up
             self.measure(2 * LEAST_PROBES)
 
@@ -435,15 +420,14 @@ def main(arguments=None):
     if options.reference:
         references.append(find_reference(options.reference))
     prepare_machine(options.threads)
-    dtype = fastest_dtype(options.device)
     machine = (
         f"{device_name(options.device)}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, {str(dtype).removeprefix('torch.')}"
+        f"{torch.__version__}, {default_precision(options.device)}"
     )
     print(machine)
     measured = {}
     for name in PROBES:
-        probe = Probe(name, options.device, dtype)
+        probe = Probe(name, options.device)
         probe.seconds()  # warm-up
         times = [probe.seconds() for _ in range(options.repeats)]
         measured[name] = mean = statistics.mean(times)
