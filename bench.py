@@ -10,8 +10,9 @@
 With --device=cuda `speed`, `step` and `costs` are those of base on a GPU, compiled and in its
 precision, and `load` compares what an update is charged there and on the CPU.
 
-What is compared is interleaved in one run, because a shared machine's speed changes from minute to
-minute; every time is the median over the repeats (`load` prints every repeat).
+What is compared is interleaved in one run (`costs` on a GPU is not), because a shared machine's
+speed changes from minute to minute; every time is the median over the repeats (`load` prints every
+repeat).
 """
 
 import contextlib
@@ -219,7 +220,7 @@ def speed(repeats, device):
 
 
 def memory_of(step, device):
-    """GB of a GPU that a step takes beside weights and optimizer."""
+    """GB of GPU memory that a step takes on top of weights and optimizer."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
@@ -249,9 +250,8 @@ def optimizer_step(method, model, config):
 
 
 def optimizer_steps(repeats, device):
-    """Each optimizer has its own state; they share the weights and a gradient. In turns with them,
-    an update's forward and backward pass of one micro-batch, from which the share of an update
-    follows."""
+    """Each optimizer has its own state; they share the weights and a gradient. Interleaved with
+    them, for the share of an update: the forward and backward pass of one micro-batch."""
     torch._dynamo.config.recompile_limit = 99  # a run has a handful of graphs; here are many runs'
     print_header(
         "model, size", "parameters", "optimizer", "ms a step", "share of an update", "over AdamW"
@@ -325,7 +325,7 @@ def run_after_baseline(own, flags):
     seconds = []
     for command in (flags, own):
         result, log = run_to_its_end(command)
-        seconds.append(statistics.median(line["charged_seconds"] for line in log))
+        seconds.append(statistics.mean(line["charged_seconds"] for line in log))
     return seconds[1] / seconds[0], result["peak_device_bytes"] / 1e9
 
 
@@ -436,7 +436,7 @@ def run_to_its_end(flags):
 
 
 def charged_on_both(device, chosen, updates=20):
-    """Seconds of the reference that 20 updates of one of the study's micro-batches are charged."""
+    """Reference seconds that 20 updates of a micro-batch of the study are charged."""
     print_header("model", "reference", "rows", "CPU", rst.device_name(device), "CPU / GPU")
     for model in chosen:
         rows, charged = STUDY_MICRO_BATCH[model], []
@@ -511,7 +511,7 @@ BENCHES = {  # and how often they are repeated
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("bench", choices=list(BENCHES))
-    parser.add("repeats", Option(None, "how often (each has its default)", kind=int, minimum=1))
+    parser.add("repeats", Option(None, "number of repeats (each has its own)", kind=int, minimum=1))
     parser.add(
         "model", Option(None, "of costs, load, kills: only this one", tuple(models.SIZES), kind=str)
     )
@@ -521,9 +521,9 @@ def main(arguments=None):
     rst.check_device(options.device)
     has_device = function in (speed, optimizer_steps, costs, load)
     if options.device != "cpu" and not has_device:
-        raise UserError(f"--device={options.device}: {options.bench} is of the CPU")
+        raise UserError(f"--device={options.device}: {options.bench} runs on the CPU only")
     if options.model and function not in (costs, load, kills):
-        raise UserError(f"--model={options.model}: only costs, load and kills have it")
+        raise UserError(f"--model={options.model}: only costs, load and kills take it")
     rst.prepare_machine()
     keywords = {"device": options.device} if has_device else {}
     keywords |= {"chosen": (options.model,)} if options.model else {}

@@ -49,7 +49,9 @@ class Config:
     mask_share: float = setting(
         None, "share of tokens predicted (0.15; tiny: 0.3)", minimum=0.01, maximum=MOST_MASKS
     )
-    holdout: float = setting(0.2, "share of rows that none trains on", minimum=0, maximum=0.99)
+    holdout: float = setting(
+        0.2, "share of rows kept from training, for second models", minimum=0, maximum=0.99
+    )
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(None, "how many at most (base: 10000, else 1000)", minimum=1)
 
@@ -59,9 +61,9 @@ class Config:
     reprobe: bool = setting(True, "time the probe again during the run")
     validations: int = setting(4, "how many, evenly over the budget, one at its end", minimum=1)
 
-    batch: int = setting(None, "rows an update", minimum=1, maximum=2**24)
+    batch: int = setting(None, "rows per update", minimum=1, maximum=2**24)
     lr: float = setting(None, "peak learning rate", minimum=0)
-    schedule: str = setting(None, "of the learning rate, over the budget", tuple(SCHEDULES))
+    schedule: str = setting(None, "how the learning rate follows the budget", tuple(SCHEDULES))
     beta1: float = setting(None, "decay of the first moment", minimum=0, maximum=0.9999999)
     beta2: float = setting(None, "decay of the second moment", minimum=0, maximum=0.9999999)
     eps: float = setting(None, "added to the denominator", minimum=0)
@@ -74,7 +76,7 @@ class Config:
     dtype: str = setting(None, "precision (bf16 on a GPU, fp32 on a CPU)", tuple(models.DTYPES))
     compile: bool = setting(None, "compile layers, loss and our own optimizers (true on a GPU)")
     micro_batch: int = setting(
-        None, "rows a forward pass (8 or 1024 tokens; GPU: as its memory allows)", minimum=1
+        None, "rows per forward pass (CPU: 8, or 1024 tokens; GPU: what fits)", minimum=1
     )
     threads: int = setting(0, rst.THREADS.help, minimum=0, maximum=rst.THREADS.maximum)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", minimum=1e-9)
@@ -324,12 +326,16 @@ def find_corpus(config, checksum=None):
         folder = corpus_folder(config.data, config.model, config.vocabulary)
     if checksum:
         everywhere = [folder, *sorted((runs.ROOT / "data").glob("*/*"))]
+        damaged = []
         for folder in everywhere:
-            if (folder / "meta.json").exists() and load_meta(folder)["checksum"] == checksum:
-                return folder, checksum
+            try:
+                if (folder / "meta.json").exists() and load_meta(folder)["checksum"] == checksum:
+                    return folder, checksum
+            except UserError as error:  # it may be another corpus
+                damaged.append(f"; {error}")
         raise UserError(
             f"the corpus that this run was started on, {config.data}, is not here (its checksum is "
-            f"{checksum[:8]}); say where with --data=FOLDER, or prepare it again"
+            f"{checksum[:8]}); say where with --data=FOLDER, or prepare it again{''.join(damaged)}"
         )
     if not (folder / "meta.json").exists():
         prepare_corpus(config)

@@ -48,21 +48,23 @@ ROWS_AT_ONCE = 16  # in evaluation; changes speed and memory only
 RECIPE_FLAGS = {
     "lr": Option(None, "peak learning rate (the study's)", kind=float, minimum=0),
     "epochs": Option(None, "passes over the training rows (the study's)", kind=int, minimum=1),
-    "batch": Option(None, "rows an update (the study's)", kind=int, minimum=1),
+    "batch": Option(None, "rows per update (the study's)", kind=int, minimum=1),
     "max_length": Option(None, "tokens that a row reads (the study's)", kind=int, minimum=8),
     "dropout": Option(
         None, "share of activations dropped (the study's)", kind=float, minimum=0, maximum=0.9999999
     ),
-    "dtype": Option(None, "precision (sni: fp32; else bf16 on a GPU)", ("fp32", "bf16"), kind=str),
+    "dtype": Option(
+        None, "precision (sni: fp32; else bf16 on a GPU that has it)", ("fp32", "bf16"), kind=str
+    ),
 }
 DATA_DIR = "folder of the published files; what is missing is downloaded (data/SUITE)"
 FLAGS = {
     "task": Option(
-        None, "some of its tasks, joined by commas (all; of glue without wnli)", kind=str
+        None, "tasks of the suite, joined by commas (all; glue: all but wnli)", kind=str
     ),
     "data_dir": Option(None, DATA_DIR, kind=str),
-    "base_url": Option(None, "where they are downloaded from (their publisher)", kind=str),
-    "seeds": Option(None, "joined by commas (glue, superglue: 0,1,2; sni: 2137)", kind=str),
+    "base_url": Option(None, "where missing files are downloaded from (their publisher)", kind=str),
+    "seeds": Option(None, "seeds, joined by commas (glue, superglue: 0,1,2; sni: 2137)", kind=str),
     "out": Option(None, "folder of the results (RUN/finetuned/SUITE)", kind=str),
     "untrained": Option(False, "start from new weights in place of the run's"),
     **RECIPE_FLAGS,
@@ -200,7 +202,7 @@ def kind_of(folder):
     if config.get("model_type") == "t5":
         return "t5"
     if "model_type" in config or "id" not in config:
-        raise UserError(f"{path} is neither one of a run nor one of transformers with a T5")
+        raise UserError(f"{path} is neither of a run nor of a T5 in transformers' format")
     runs.check_record(config, runs.CONFIG | {"config": {"model": str}}, path)
     if runs.status(folder) != "finished":
         raise UserError(f"{folder} is not finished; go on with: python train.py --resume={folder}")

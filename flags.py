@@ -32,19 +32,19 @@ class Option:
     def limits(self):
         """What a number may be, in words."""
         if math.isfinite(self.maximum):
-            least = f"from {self.minimum} to " if math.isfinite(self.minimum) else "of at most "
+            least = f"from {self.minimum} to " if math.isfinite(self.minimum) else "at most "
             return f"{least}{self.maximum}"
-        return f"of at least {self.minimum}" if math.isfinite(self.minimum) else ""
+        return f"at least {self.minimum}" if math.isfinite(self.minimum) else ""
 
     def check(self, name, value):
         """Raises UserError for a value outside the limits, not finite, or empty."""
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name}={value}: expected a finite number")
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"--{name}={str(value)[:9]}...: a number of {len(str(value))} digits")
+            raise UserError(f"--{name}={str(value)[:9]}...: expected a number below 2^63")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not self.minimum <= value <= self.maximum:
-            raise UserError(f"--{name}={value}: expected a number {self.limits}")
+            raise UserError(f"--{name}={value}: expected a number, {self.limits}")
         if value == "" and self.default is None:
             raise UserError(f"--{name}=: it is empty")
 
@@ -79,7 +79,9 @@ class Parser(argparse.ArgumentParser):
         default = str(option.default).lower() if option.kind is bool else str(option.default)
         notes = [default] * (option.default not in (None, ""))
         notes += [option.limits] * bool(option.limits)
-        text = option.help + f" ({'; '.join(notes)})" * bool(notes)
+        text, more = option.help, "; ".join(notes)
+        if more:  # in the parentheses that the meaning has already
+            text = f"{text[:-1]}; {more})" if text.endswith(")") else f"{text} ({more})"
         (group or self).add_argument(
             f"--{name}",
             default=self.argument_default or option.default,

@@ -85,7 +85,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of aut
 
 
 def project(x, *linears):
-    """What several linear layers without biases make of the same x, as a list.
+    """Applies several linear layers without biases to the same x; returns a list.
 
     A GPU multiplies by all their matrices as one, because larger products are faster there. On a
     CPU they are not, and the backward pass would have to copy the gradient of each into one.
@@ -120,12 +120,12 @@ class Attention(nn.Module):
         self.output = nn.Linear(n_heads * d_head, d_model, bias=False)
 
     def heads(self, x, *linears):
-        """What these layers make of x, in heads: (B, T, C) -> a (B, H, T, D) for each."""
+        """Applies these layers to x, in heads: (B, T, C) -> a (B, H, T, D) for each."""
         shape = (*x.shape[:2], self.n_heads, -1)
         return [y.view(shape).transpose(1, 2) for y in project(x, *linears)]
 
     def keys_values(self, x):
-        """What is attended to: (B, T, C) -> two of (B, H, T, D)."""
+        """The keys and values of x: (B, T, C) -> two of (B, H, T, D)."""
         return self.heads(x, self.key, self.value)
 
     def forward(self, x, keys_values=None, bias=None):
@@ -182,10 +182,10 @@ class GatedFeedForward(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What the training loop needs of a model; `logits(batch, layers)`, `layers` and `embedding`
-    are the subclass's.
+    """Both models' loss, precision and compilation. A subclass has `logits(batch, layers)`,
+    `layers` and `embedding`.
 
-    `work_per_token`: how many tokens' work a layer has for each token that is read.
+    `work_per_token`: tokens that a layer processes for each that is read (T5's has a decoder).
 
     A batch holds `tokens` (B, T) int64, what the model reads; `labels` (B, P) int64, what it is to
     predict, -100 where there is nothing to predict; and what else the model needs.
@@ -223,9 +223,10 @@ class LanguageModel(nn.Module):
         return self.cross_entropy(logits, labels, "none").view(labels.shape)
 
     def training_bytes_per_row(self, row_length):
-        """An upper estimate of the GPU memory that a row's forward and backward pass needs: 15
-        bytes (25 in fp32) for each token, layer and unit of its two widths, and 12 for each score
-        of a predicted token. (Fitted to measurements, not compiled; the tests repeat them.)"""
+        """An estimate of the GPU memory that a row's forward and backward pass needs: 15 bytes (25
+        in fp32) for each token, layer and unit of its two widths, and 12 for each score, where a
+        quarter of the tokens is predicted. (Fitted to measurements, not compiled; the tests repeat
+        them.)"""
         c, numbers = self.config, 25 if self.autocast_dtype is None else 15
         in_layers = numbers * c.n_layers * (c.d_model + c.d_ff) * row_length * self.work_per_token
         return in_layers + 12 * c.vocabulary_size * row_length / 4
@@ -276,9 +277,9 @@ def sinusoidal_positions(length, width):
 
 
 class BERT(LanguageModel):
-    """Crammed BERT: pre-norm, no biases, gated GELU, sinusoidal positions times one scale (C^-1/2
-    at first), a linear head on the masked positions only, decoder tied to the embedding. At base
-    it has 120,179,713 parameters, the tied matrix counted once.
+    """Crammed BERT: pre-norm, no biases but the norms', gated GELU, sinusoidal positions times one
+    scale (C^-1/2 at first), a linear head on the masked positions only, decoder tied to the
+    embedding. At base it has 120,179,713 parameters, the tied matrix counted once.
 
     At base the scale is learned, as in the study. As long as no layer attends to neighbours,
     positions are noise, and the gradient shrinks the scale; Adam's steps, which are as large as the
@@ -292,11 +293,10 @@ class BERT(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))  # tied
-        scale = torch.full((), config.d_model**-0.5)
         if config.learned_position_scale:
-            self.position_scale = nn.Parameter(scale)
+            self.position_scale = nn.Parameter(torch.empty(()))
         else:
-            self.register_buffer("position_scale", scale)
+            self.register_buffer("position_scale", torch.empty(()))
         # Not among the saved weights: it is the same for every model of this shape.
         positions = sinusoidal_positions(config.max_length, config.d_model)
         self.register_buffer("position_table", positions, persistent=False)
@@ -316,7 +316,8 @@ class BERT(LanguageModel):
     def initialise(self):
         """Every matrix N(0, 0.02^2) at the study's width of 768, not scaled with depth. At width C
         the deviation is sqrt(768 / C) times as large, so that a narrow model's activations start as
-        large as base's. Norms 1 and 0."""
+        large as base's. Norms 1 and 0, the position scale C^-1/2."""
+        self.position_scale.fill_(self.config.d_model**-0.5)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=self.initial_std)

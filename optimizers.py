@@ -1,6 +1,6 @@
-"""Optimizers as update rules: the formula for one tensor, and what makes a torch optimizer of it.
+"""Optimizers as update rules: a formula for one tensor, and the class that makes it an optimizer.
 
-What the project asks of an optimizer, this or any other that a method returns:
+What the project requires of any optimizer that a method returns:
 - A parameter whose `grad` is None did not train: no momentum, no decay, no step.
 - Its state may be cleared, or copied from one layer's parameters to another's (stacking), so it is
   made when a parameter is first updated, and keeps its own count of updates. It consists of
@@ -8,20 +8,12 @@ What the project asks of an optimizer, this or any other that a method returns:
 - Weights and gradients are fp32 in every --dtype. In fp16 gradients are unscaled before
   `before_step`, and `step` is not called where one overflowed.
 - --rms_scaling (T5) asks for steps in proportion to each tensor's RMS (`rms_scale`).
-- --compile asks nothing. A `RuleOptimizer` then compiles its rule.
+- --compile requires nothing; with it a `RuleOptimizer` compiles its rule.
 """
 
 import functools
 
 import torch
-
-
-def parameters_by_part(model):
-    """[those outside the layers, those of layer 0, of layer 1, ...]: every parameter once."""
-    layers = [list(layer.parameters()) for layer in model.layers]
-    inside = {parameter for layer in layers for parameter in layer}
-    outside = [parameter for parameter in model.parameters() if parameter not in inside]
-    return [outside, *layers]
 
 
 def parameter_groups(model, weight_decay, without=()):
@@ -32,7 +24,10 @@ def parameter_groups(model, weight_decay, without=()):
     serves all.
     """
     left_out, groups = set(without), []
-    for part in parameters_by_part(model):
+    layers = [list(layer.parameters()) for layer in model.layers]
+    inside = {parameter for layer in layers for parameter in layer}
+    outside = [parameter for parameter in model.parameters() if parameter not in inside]
+    for part in (outside, *layers):
         part = [parameter for parameter in part if parameter not in left_out]
         matrices = [parameter for parameter in part if parameter.dim() >= 2]
         others = [parameter for parameter in part if parameter.dim() < 2]
@@ -140,8 +135,8 @@ def adamw_scale_update(weight, gradient, state, lr, scale, weight_decay, beta1, 
     theta <- theta - lr scale sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)
     theta <- theta - lr weight_decay theta
 
-    1 - beta^t is the moment of a gradient that is always 1, and is updated like one: compiled, a
-    power would be taken again for every weight.
+    1 - beta^t is the moving average of a gradient that is always 1, and is kept as one: a compiled
+    rule would compute the power again for every weight.
     """
     m, v = state["exp_avg"], state["exp_avg_sq"]
     m_of_ones, v_of_ones = state["exp_avg_of_ones"], state["exp_avg_sq_of_ones"]

@@ -1,6 +1,6 @@
 """Several processes as one: each has its share of an update's rows, and sums join them again.
 
-With one process everything here is the identity.
+With one process the sums, gathers and waits do nothing.
 """
 
 import functools
@@ -34,8 +34,8 @@ def print0(*text):
 
 
 def micro_batches(groups, micro_batch):
-    """This process's part of an update: the rows of all groups in a line, cut into equal shares, so
-    that of many groups a process has whole ones.
+    """This process's part of an update: the rows of all groups, one group after another, cut into
+    equal shares, so that most of many groups stay whole.
 
     Args:
         groups: [(positions, layers)], the update's rows and the layers that they train.

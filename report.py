@@ -39,7 +39,8 @@ MISSING = "–"
 # Settings that the runs of a table agree in, beside the budget, the corpus and the reference.
 COMPARED = "model size vocabulary row_length mask_share validation_rows holdout train_on".split()
 BUDGET = ("budget_hours", "budget_steps")
-# What two seeds of one experiment may differ in.
+# What does not tell a table's rows apart: what all its runs agree in, and what the runs of one row
+# may differ in.
 NOT_A_SETTING = {*NOT_IN_ID, *COMPARED, *BUDGET, "seed", "validations", "options"}
 COMPARED_TYPES = dict.fromkeys(COMPARED, (str, int, float)) | {
     "budget_hours": (float, None),
@@ -91,15 +92,17 @@ class Run:
     @property
     def family(self):
         """What runs must agree in to be compared, but for the budget: {name: value}. Where hours
-        are plain time (--reference=this) they are one device's with so many threads; updates are
-        the same everywhere."""
+        are plain time (--reference=this) they are those of one device, with so many threads and
+        processes; updates are the same everywhere."""
         reference = self.stored["reference"]
         family = {name: self.config[name] for name in COMPARED} | {"corpus": self.stored["corpus"]}
         if self.config["budget_steps"]:
             return family
         family["reference"] = Path(self.config["reference"]).stem
-        hour = reference["probe_seconds"] or reference["provenance"]
-        return family | {"probe_seconds" if reference["probe_seconds"] else "hour": hour}
+        if reference["probe_seconds"]:
+            return family | {"probe_seconds": reference["probe_seconds"]}
+        processes = self.result.get("processes", 1)
+        return family | {"hour": f"{reference['provenance']}, {processes} process(es)"}
 
     @property
     def budget(self):
@@ -280,7 +283,8 @@ class Row:
 
     def scores(self, score, kind):
         """(unit, {seed: mean score}) of the "last" or "best" epochs. The unit is "pre-training"
-        where seeds of it have the score and it depends on them, else "fine-tuning"."""
+        if several of its seeds have the score and it is not of untrained weights (then a value is
+        the mean of a seed's fine-tunings), else "fine-tuning"."""
         found = [
             (run.config["seed"], run.scores[score][kind])
             for run in self.runs
@@ -317,10 +321,10 @@ class Table:
 
 
 def labels_of(runs):
-    """{settings as JSON: label} of a family's experiments. In each method one goes by the method's
-    name alone: the one with the most finished runs at all budgets, of several the one with the
-    lowest mean loss at the budgets that they share. The others are told from it by what they set
-    otherwise."""
+    """{settings as JSON: label} of a family's experiments. Of a method's experiments the one
+    with the most finished runs, over all budgets, has the bare name (of several the one with the
+    lowest mean loss at the budgets that they share). The others add the settings in which they
+    differ from it."""
     labels = {}
     for method, of_method in grouped(runs, lambda run: run.config["method"]).items():
         experiments = grouped(of_method, lambda run: as_key(run.settings))
@@ -509,9 +513,9 @@ def markdown(records):
 
 
 def comparisons(table):
-    """Which of a table's differences exceed their interval, one by one, and all of them together:
-    of k true zeros one in 20/k exceeds its 95% interval by chance, so then k intervals of
-    1 - 0.05 / k (Bonferroni). "" without an interval."""
+    """Which of a table's differences exceed their interval: each at 95%, and all together. If k
+    methods change nothing, about k / 20 exceed a 95% interval by chance; so together they are held
+    to intervals of 1 - 0.05 / k (Bonferroni). "" without an interval."""
     if not table.baseline:
         return ""
     theirs = table.baseline.losses()
@@ -814,8 +818,9 @@ def print_table(table, records, titles, points):
         print(f"methods/{name}.py differs between these runs: {versions}")
     if scores := downstream_markdown(table.rows, titles):
         print(
-            "\nFine-tuned, in percent, mean ± standard deviation over pre-training seeds, or with "
-            f"one of them, or untrained, over fine-tuning seeds:\n\n{scores}"
+            "\nFine-tuned, in percent, mean ± standard deviation over pre-training seeds; over "
+            "fine-tuning seeds where there is one pre-training seed, or none (untrained):\n\n"
+            f"{scores}"
         )
     print()
 

@@ -10,7 +10,8 @@ measured: a probe, one Transformer layer at the paper's shapes, is timed on this
     factor = probe seconds on the reference / probe seconds here,    RST = seconds here x factor.
 
 The probe is a frozen copy that never imports model.py: faster model code is a gain and must not
-change the exchange rate. On a shared machine it is timed again and again during a run.
+change the exchange rate. It is timed again and again during a run, because the speed of a shared
+machine changes.
 """
 
 import collections
@@ -131,9 +132,9 @@ def t5_layer_pair(x, y, weights):
     return feed_forward(y, w_in2, w_out2)
 
 
-# A full probe has `rows` rows. A CPU times one of them and multiplies. So short a probe suffers by
-# other work on the machine as a training step does: both wait, in every operation that is spread
-# over the cores, for the slowest core (bench.py load).
+# A full probe has `rows` rows. A CPU times one of them and multiplies. So short a probe suffers
+# from other load as a training step does: in every operation that is spread over the cores, both
+# wait for the slowest (bench.py load).
 PROBES = {
     "bert": dict(
         layer=bert_layer,
@@ -191,7 +192,7 @@ class Probe:
         return (time.perf_counter() - start) * self.full_rows / self.rows
 
 
-THREADS = Option(0, "CPU threads (0: torch's choice)", minimum=0, maximum=4096)
+THREADS = Option(0, "CPU threads, 0 for torch's choice", minimum=0, maximum=4096)
 
 
 def prepare_machine(threads=0):
@@ -233,7 +234,7 @@ def synchronise(device):
 
 def default_precision(device):
     """What a device trains in unless it is told otherwise: "bf16" on a GPU, "fp16" before Ampere,
-    where bf16 is emulated, and "fp32" on a CPU, of which few have units for less."""
+    where bf16 is emulated, and "fp32" on a CPU, since few have units for 16 bits."""
     if torch.device(device).type == "cpu":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -299,7 +300,7 @@ class Clock:
         while len(self.probes) > LEAST_PROBES and self.probes[0][1] < oldest:
             self.probes.popleft()
         times = sorted(seconds for seconds, _ in self.probes)
-        mean = statistics.mean(times[1:-1] if len(times) >= LEAST_PROBES else times)
+        mean = statistics.mean(times[1:-1])  # of LEAST_PROBES at least
         mine = self.reference.probe_seconds[self.probe.name] / mean
         everyone = gather([mine, mean * self.probe.rows / self.probe.full_rows], self.device)
         self.factor = sum(factor for factor, _ in everyone)

@@ -238,8 +238,9 @@ def read_tensors(path, expected, device="cpu"):
 
 
 @contextlib.contextmanager
-def locked(folder, wait):
+def locked(folder, wait, shared=False):
     """Keeps other processes that lock the same folder out of this block: they wait, or are refused.
+    Those that share the lock keep out, and wait for, only those that do not.
     A folder that is still empty at its end is removed. (Where the system or the file system has no
     such locks they are not kept out.)"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,16 +248,17 @@ def locked(folder, wait):
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 place = relative_path(folder)
                 if not wait:
                     raise UserError(f"{place}: another process is at work on this run") from None
                 print(f"waiting for another process at work on {place}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(handle, kind)
         try:
             yield
         finally:

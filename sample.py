@@ -3,10 +3,10 @@
     python sample.py runs/NAME "returns a new [MASK] of the given shape"
     python sample.py runs/NAME          three rows of the validation set
 
-Into a [MASK] BERT writes one token (here are the five likeliest, with their probabilities) and T5 a
-span of any length. Of a validation row you see what the model reads, what it writes and what was
-there; what it had to predict is [in brackets]. BERT reads some of that as it was, or another token
-in its place. train.py ends with such a row.
+Into a [MASK] BERT writes one token (the five likeliest are shown, with their probabilities) and
+T5 a span of any length. Of a validation row you see what the model reads, what it writes and what
+was there; what it had to predict is [in brackets]. BERT reads some of that as it was, or another
+token in its place. train.py ends with such a row.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from config import find_corpus, open_corpus, resumed
 from data.corpus import MASK
 from data.prepare import load_tokenizer
 from errors import UserError, exits_on_user_error
-from flags import Parser
+from flags import Option, Parser
 
 GAP = re.compile(r"\s*(\[MASK\]|<extra_id_\d+>)")  # a token begins with the space before it
 CANDIDATES = 5
@@ -108,13 +108,15 @@ def main(arguments=None):
     parser = Parser(description=__doc__, prog="sample.py")
     parser.add_argument("run", help="its folder")
     parser.add_argument("text", nargs="?", help="with a [MASK] for each gap")
+    parser.add("data", Option(None, "folder of the run's corpus (found by its checksum)", kind=str))
     options = parser.parse_args(arguments)
     folder = Path(options.run)
     model = models.load(folder / "model.pt")
     if options.text is not None:
         print(*fill(model, load_tokenizer(folder), options.text), sep="\n")
         return
-    config, stored = resumed(folder, {"device": "cpu"})
+    typed = {"device": "cpu"} | ({"data": options.data} if options.data else {})
+    config, stored = resumed(folder, typed)
     print_rows(model, open_corpus(config, find_corpus(config, stored["corpus"])[0]), 3)
 
 

@@ -6,9 +6,11 @@
 All other flags are train.py's and go to every run (--size=small, --threads=1, an option of a method
 that all of them have). What is finished is kept and what was interrupted is resumed, so the same
 command goes on after a Ctrl-C, a crash or a reboot, and can be given more seeds later. A run that
-fails is named at the end; the others go on. On several devices: --launch='torchrun
---nproc_per_node=8'; on a CPU several runs at once: --at_once=2 --threads=1. Then: python report.py
-runs/
+fails is named at the end; the others go on.
+
+    --launch='torchrun --nproc_per_node=8'    every run on several devices
+    --at_once=2 --threads=1                   several runs at once on a CPU
+    python report.py runs/                    afterwards: tables and figures
 """
 
 import itertools
@@ -23,11 +25,11 @@ from errors import UserError, exits_on_user_error
 from flags import Option, Parser
 from runs import ROOT, relative_path, status
 
-AXES = {  # the last one changes first
-    "seeds": ("seed", Option("0,1,2", "joined by commas")),
+AXES = {  # the last one varies fastest
+    "seeds": ("seed", Option("0,1,2", "seeds, joined by commas")),
     "budgets": ("budget_hours", Option("", "hours of the reference, joined by commas (0.05)")),
-    "models": ("model", Option("bert", "joined by commas")),
-    "methods": ("method", Option("baseline", "joined by commas")),
+    "models": ("model", Option("bert", "models, joined by commas")),
+    "methods": ("method", Option("baseline", "methods, joined by commas")),
     "lrs": ("lr", Option("", "learning rates, joined by commas (each method's own)")),
 }
 
@@ -36,7 +38,7 @@ def plans(options, flags):
     """[(flags, `config.Plan`)] of every run. What is wrong with a flag or missing of a corpus is
     named before the first one starts."""
     of_single_runs = {flag: f"--{axis}, joined by commas" for axis, (flag, _) in AXES.items()}
-    of_single_runs |= dict.fromkeys(("resume", "out"), "runs that are found by what they are")
+    of_single_runs |= dict.fromkeys(("resume", "out"), "folders named after their settings")
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
         if flag.startswith("--") and name in of_single_runs:

@@ -68,9 +68,11 @@ WEEK_MINUTES = 7 * 24 * 60
 # -- Training --------------------------------------------------------------------------------------
 
 
-def train(planned):
+def train(planned, wait=False):
     """Trains to the end of the budget, from the start or from the last checkpoint; returns the
-    result. Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is saved."""
+    result. Where another process is at work on the run, `wait` waits for it, and returns None if it
+    has finished the run. Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is
+    saved."""
     config, folder = planned.config, planned.folder
     finished_models, finished_runs = {}, {}
     for name, needed in methods.find(config.method).prerequisites(planned.started).items():
@@ -79,10 +81,13 @@ def train(planned):
         numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
         costs = runs.read_record(place / "result.json", dict.fromkeys(numbers, float))
         finished_runs[name] = {"folder": runs.relative_path(place)} | {n: costs[n] for n in numbers}
-    lock = runs.locked(folder, wait=False) if is_main() else contextlib.nullcontext()
+    lock = runs.locked(folder, wait) if is_main() else contextlib.nullcontext()
     smaller = f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"
     with lock, explains_out_of_memory(smaller):
+        wait_for_all()
         if runs.status(folder) == "finished":
+            if wait:
+                return None
             place = runs.relative_path(folder)
             raise UserError(f"{place}: this run is finished; --out=FOLDER repeats it elsewhere")
         print_plan(planned)
@@ -107,18 +112,18 @@ def ensure_run(name, config, reference=None):
     """Reuses, resumes or makes the run that a method needs first; returns its folder."""
     needed = plan(config, reference)
     place = runs.relative_path(needed.folder)
-    if is_main():
-        with runs.locked(needed.folder, wait=True):  # another run may be making it
-            pass
+    # Another run may be making it. Every process waits here: at a barrier they would time out.
+    with runs.locked(needed.folder, wait=True, shared=True):
+        pass
     wait_for_all()
     if runs.status(needed.folder) == "finished":
         print0(f"{name}: reusing {place}")
         return needed.folder
     print0(f"{name}: training {place} first; it is not charged to the run that needs it")
     try:
-        train(needed)
+        train(needed, wait=True)
     except SystemExit:
-        print0(f"that was the {name}; the command that you gave goes on with it, too")
+        print0(f"(that was {name}, which your command needs first; the same command resumes it)")
         raise
     return needed.folder
 
@@ -223,7 +228,7 @@ class Training:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         if not clock.updates:
-            self.save_checkpoint()  # so that a log without one is noticed
+            self.save_checkpoint()  # so that a log without a checkpoint is known to have lost it
         # ------------------------------------ the training loop ----------------------------------
         while clock.progress < 1:
             # Schedules see where the update begins; the clock moves on only at its end, for the
@@ -254,7 +259,7 @@ class Training:
                 loss = gradients.finish(loss)
                 scaler.unscale_(optimizer)
 
-                # The only wait for the device: what is not finite must not reach the weights. (But
+                # Waits for the device: what is not finite must not reach the weights. (But
                 # an overflow in fp16 is ordinary: the step is skipped, and the scale lowered.)
                 gradient_norm = torch.nn.utils.get_total_norm(gradients.tensors())
                 loss, norm = gradients.read(loss, gradient_norm)
@@ -365,22 +370,24 @@ class Training:
 
     @contextlib.contextmanager
     def open_log(self):
-        """From here on the folder holds a run. The log has as much as the checkpoint knows of."""
+        """From here on the folder holds a run. A resumed run's log is cut to
+        where its checkpoint was made."""
         if not is_main():
             yield
             return
         tokenizer = self.corpus.folder / self.corpus.meta["tokenizer"]
-        with runs.written_whole(self.folder / tokenizer.name) as copy:  # without its permissions
-            copy.write(tokenizer.read_bytes())
+        content = tokenizer.read_bytes()
+        with runs.written_whole(self.folder / tokenizer.name) as copy:
+            copy.write(content)
         if not self.clock.updates:  # nothing was kept of an earlier process: these are its flags
             record = {
                 "id": self.planned.id,
-                "config": dataclasses.asdict(self.config),
+                "config": dataclasses.asdict(self.planned.started),  # what the id is made of
                 "corpus": self.planned.checksum,
                 "reference": dataclasses.asdict(self.planned.reference),
             }
             runs.write_json(self.folder / "config.json", record)
-        # As it is everywhere: the log's length is counted in the checkpoint.
+        # A line ends in one byte on every system: the checkpoint counts the log's bytes.
         with open(self.folder / "log.jsonl", "a", encoding="utf-8", newline="\n") as self.log:
             self.log.truncate(self.counters.log_bytes)
             yield
@@ -429,7 +436,7 @@ class Training:
     def load_checkpoint(self):
         """Puts everything back as it was after the checkpoint's update."""
         path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        if not path.exists():  # it is older than the log's first line
+        if not path.exists():  # it is written before the log's first line
             if log.exists() and log.stat().st_size:
                 raise UserError(
                     f"{path} is missing, and without it the updates in {log} are lost; put it "

@@ -177,9 +177,13 @@ def main(arguments=None):
     model = load(Path(options.run) / "model.pt")
     if not isinstance(model, T5):
         raise UserError(f"{options.run}: a BERT; transformers has no such architecture")
-    save_transformers(model, options.folder)
-    with written_whole(Path(options.folder) / "spiece.model") as file:
-        file.write((Path(options.run) / "tokenizer.model").read_bytes())
+    run, folder = Path(options.run), Path(options.folder)
+    if folder.resolve() == run.resolve():
+        raise UserError(f"{folder} is the run itself; name another folder")
+    tokenizer = (run / "tokenizer.model").read_bytes()
+    save_transformers(model, folder)
+    with written_whole(folder / "spiece.model") as file:
+        file.write(tokenizer)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from .prepare import (
 
 MASK = SPECIAL_TOKENS.index("[MASK]")
 MASK_SHARE = 0.15  # of a row's tokens are predicted in the study, in both models: BERT's 19 of 128
-MOST_MASKS = 0.5  # of a row: every document has a token before its separator
+MOST_MASKS = 0.5  # of a row: at most every other token is a separator, which is not masked
 MEAN_SPAN = 3.0  # tokens, of T5's span corruption
 
 # Two streams over the same rows, each in its own order: one to train on, and one for forward passes
@@ -268,7 +268,7 @@ class Corpus:
         self.train_tokens = load_tokens(self.folder, "train", self.meta)
         self.val_tokens = load_tokens(self.folder, "val", self.meta)
         # Holdout and training are two ends of one permutation that no seed changes: a model that
-        # was trained on the holdout has not seen a training row of any other run.
+        # was trained on the holdout has not seen a training row of any run with the same rows.
         self.all_rows = len(self.train_tokens) // self.raw_length
         holdout_rows = int(self.all_rows * holdout)
         self.first_row = holdout_rows if train_on == "training" else 0

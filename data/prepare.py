@@ -71,7 +71,7 @@ SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", ".gz"))
 
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
 LINE_BYTES = 16 << 20  # of a line at most
-SAMPLE_FILES = 64  # the tokenizer's sample comes from this many, evenly spaced
+SAMPLE_FILES = 64  # the tokenizer's sample comes from so many or twice as many, evenly spaced
 VALIDATION_SHARE = 0.02  # of the text, or less: 10,000 rows of the study, and a margin
 VALIDATION_TOKENS = {"bert": 10_000 * 128 * 1.1, "t5": 10_000 * 568 * 1.1}
 CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
@@ -87,8 +87,8 @@ MARKED_LATIN = regex.compile(r"(\p{Latin})\p{Mn}+")
 
 
 def normalise(text, uncased):
-    """The text that the tokenizer sees. Uncased, as in the study: typewriter quotes (`` and '')
-    become ", Latin letters lose their accents, letters are lower-cased, white space is one space.
+    """The text that the tokenizer sees. Uncased, as in the study: TeX's quotes (`` and '') become
+    ", Latin letters lose their accents, letters are lower-cased, white space is one space.
     Unlike the study, all other characters stay (byte-level BPE can write them), and their marks:
     in other scripts these make other letters (Japanese voicing, Indic vowels, Cyrillic i)."""
     if not text.isascii():
@@ -448,7 +448,7 @@ def local_files(pattern):
         else:
             found.append(place)
     if left_out:
-        print(f"left out, of another kind or a link to nothing: {len(left_out)} (as {left_out[0]})")
+        print(f"left out, of another kind or a broken link: {len(left_out)} (as {left_out[0]})")
     if not found:
         raise UserError(
             f"--files={pattern}: no file found (a file, a folder or a quoted glob of "
@@ -684,7 +684,7 @@ def train_tokenizer(pool, files, kind, vocabulary_size, uncased):
     samples = tqdm(samples, "sampling", unit=" blocks", disable=None)
     tokenizer = kind.train(samples, vocabulary_size, uncased)
     if tokenizer is None:
-        raise UserError(f"{', '.join(map(str, files[:3]))}: no text in there")
+        raise UserError(f"{', '.join(map(str, files[:3]))}: no text in them")
     return tokenizer
 
 
@@ -717,7 +717,7 @@ def encode_files(pool, files, folder, model):
 def set_last_document_aside(folder, parts):
     """Moves the last training document to the validation part."""
     tokens = np.fromfile(folder / "train.bin", np.uint16)
-    ends = np.flatnonzero(tokens == tokens[-1]) + 1  # a document ends with the separator
+    ends = np.flatnonzero(tokens == tokens[-1:]) + 1  # a document ends with the separator
     if len(ends) < 2:
         raise UserError("a corpus needs two documents at least, one of them to validate on")
     for name, part in (("train", tokens[: ends[-2]]), ("val", tokens[ends[-2] :])):
@@ -790,9 +790,7 @@ def find_text(name, files, shards, base_url, folder):
             for file in names:
                 download(f"{base_url}/{file}", downloads / file)
         return [downloads / file for file in names], {"files": base_url, "shards": shards}
-    raise UserError(
-        f"{name}: not a source of its own (pydocs, c4); for your own text say --files=PATH"
-    )
+    raise UserError(f"{name} is none of pydocs and c4; for your own text say --files=PATH")
 
 
 def prepare(

@@ -56,7 +56,7 @@ def find(method):
 class Combination:
     """One method or several.
 
-    From the beginning it answers for the classes: `options`, `defaults`, `prerequisites`. Once
+    Before `start` it answers for the classes: `options`, `defaults`, `prerequisites`. Once
     started it has every hook of `HOOKS` as an attribute, that of the method that overrides it, or
     else the baseline's.
     """

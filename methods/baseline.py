@@ -45,8 +45,7 @@ class Method:
     What it may use:
         self.model: its `layers` (T5: pairs of an encoder's and a decoder's), `present_layers`
             (those that it has now), `loss`, `token_losses` and `logits`;
-            `optimizers.parameter_groups`, `parameters_by_part` and `hidden_matrices` list its
-            parameters.
+            `optimizers.parameter_groups` and `hidden_matrices` list its parameters.
         self.corpus: `draw(count)`, the next stream positions (rows that are drawn and not trained
             on are gone; `draw(count, SECOND_STREAM)` is for passes that train nothing: the same
             rows in another order, under other masks); `batch(positions, stream)`, their rows;
@@ -101,7 +100,7 @@ class Method:
 
     def optimizer(self):
         """Who updates the weights? A torch optimizer; its groups' "lr" are peaks, which the loop
-        multiplies with `schedule`. (`optimizers.py` says what it must bear.)"""
+        multiplies with `schedule`. (`optimizers.py` lists what it must support.)"""
         return self.adamw(parameter_groups(self.model, self.config.weight_decay))
 
     def schedule(self, progress):
@@ -127,8 +126,8 @@ class Method:
 
     def inputs(self, positions, stream=TRAINING_STREAM):
         """What does the model read of these rows (all that this process trains on in an update)? A
-        batch: a dictionary of tensors, each with its rows first. (The shapes that it has at any
-        time of the budget are compiled before the run.)"""
+        batch: a dictionary of tensors, each with its rows first. (Its shapes are compiled before
+        the run, but for one that lasts less than 1% of the budget.)"""
         return self.corpus.batch(positions, stream)
 
     def loss(self, batch, layers):
@@ -142,8 +141,8 @@ class Method:
     def before_step(self, gradient_norm):
         """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change every
         `parameter.grad` in place. They are fp32, summed over the processes, unscaled, and None for
-        what did not train. What is not the same on all processes ruins the run. (In fp16 the norm
-        is not finite where a gradient overflowed, and no step follows.)"""
+        what did not train. A change that differs between processes corrupts the run. (In fp16 the
+        norm is not finite where a gradient overflowed, and no step follows.)"""
         parameters = self.model.parameters()
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, gradient_norm)
 
@@ -176,8 +175,8 @@ class Method:
         return {}
 
     def state_dict(self):
-        """What must a checkpoint hold? Tensors, numbers, strings, and lists and dictionaries of
-        these, the same on all processes: one of them saves."""
+        """What must a checkpoint hold? Tensors, numbers, strings, None, and lists and dictionaries
+        of these, the same on all processes: one of them saves."""
         return {}
 
     def load_state_dict(self, state):

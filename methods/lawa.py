@@ -27,7 +27,7 @@ from methods.baseline import Method, Option
 class LAWA(Method):
     options = {
         "copies": Option(
-            5, "weights that are averaged; 0: the current ones are evaluated", minimum=0
+            5, "copies of the weights to average (0: evaluate the current ones)", minimum=0
         ),
         "interval": Option(
             0.002, "share of the budget from one copy to the next", minimum=1e-6, maximum=1.0

@@ -40,7 +40,7 @@ class LayerDrop(Method):
         "theta_bar": Option(
             0.5, "final keep rate: the top layer's keep probability", minimum=0.01, maximum=1.0
         ),
-        "gamma": Option(100.0, "how fast it is reached (t5: 20)", minimum=0.0),
+        "gamma": Option(100.0, "how fast the keep rate gets there (t5: 20)", minimum=0.0),
         "rescale": Option(False, "multiply what a kept layer adds by 1 / its keep probability"),
     }
     defaults = {"t5": {"base": dict(gamma=20.0, lr=1e-2), "tiny": dict(lr=4e-2)}}
@@ -49,9 +49,7 @@ class LayerDrop(Method):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.branches = []  # of all layers: lists of the modules that add to the residual stream
-        for layer in self.model.layers:
-            if not self.config.options["rescale"]:
-                break
+        for layer in self.model.layers if self.config.options["rescale"] else ():
             parts = [p for name, p in layer.named_modules() if name.split(".")[-1] in BRANCHES]
             for part in parts:  # a buffer and one hook: one compiled graph serves all layers
                 keep_prob = torch.ones((), device=self.config.device)

@@ -27,7 +27,7 @@ class LengthWarmup(Method):
     options = {
         "shortest": Option(
             0.25,
-            "first row length, and its steps, as a share of the full one",
+            "first row length, and its steps, as a share of the full length",
             minimum=0.05,
             maximum=1.0,
         ),

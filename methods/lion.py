@@ -10,7 +10,7 @@ decay larger.
     theta <- theta (1 - lr weight_decay) - lr u
     m <- beta2 m + (1 - beta2) g
 
-Cost: at most AdamW's step, with half of its state.
+Cost: about AdamW's step, with half of its state.
 The study found: downstream about the baseline's scores, neither better nor worse.
 Where we differ from the release: nowhere. With T5 the rate is scaled with each tensor's RMS, for
 the decay, too. `--eps` has no meaning here and is refused.

@@ -31,7 +31,7 @@ class MaskSchedule(Method):
             minimum=0.1,
             maximum=50.0,
         ),
-        "steps": Option(6, "shares that a run has (t5: 4)", minimum=2),
+        "steps": Option(6, "number of different shares (t5: 4)", minimum=2),
     }
     defaults = {
         "bert": {"tiny": dict(first_multiple=1.5)},

@@ -14,7 +14,7 @@ products only, come close enough.
 The factor makes a step as long as AdamW's (RMS 0.2 lr), so that AdamW's rate and decay serve. All
 parameters but the layers' matrices are the baseline's.
 
-Cost: for a matrix of smaller side m that reads B tokens an update at most 5 m / B of its products:
+Cost: at most 5 m / B of a matrix's own products, with m its smaller side and B an update's tokens:
 2% of an update of BERT and 7% of T5's at base, but 125% at 256 x 256 and 1,024 tokens. One moment.
 Finding: not in the study. Jordan: GPT-2 small to a given loss 1.35 times as fast. Wen et al. 2025
 ("Fantastic Pretraining Optimizers and Where to Find Them"), against tuned baselines: 1.4 times at

@@ -11,7 +11,7 @@ known.
 
 y is the parameter and z its state; x = y + (1 - 1 / beta1) (z - y) is made when it is needed.
 
-Cost: AdamW's step, and its memory.
+Cost: about AdamW's step, and its memory.
 Finding: not in the study. It won the self-tuning track of AlgoPerf 2024. Its rate, decay and beta1
 must be tuned to match a schedule, says its README: rates of 1 to 10 times AdamW's, beta1 0.9, 0.95
 to 0.98 for very long runs.
@@ -40,7 +40,7 @@ def schedule_free_update(y, gradient, state, lr, scale, weight_decay, beta1, bet
     weight = state["lr_max"] ** 2
     state["weight_sum"] += weight
     c = (weight / state["weight_sum"]).nan_to_num()  # 0 / 0 while the rate is 0
-    # y moves by 1 - beta1 (1 - c) of what z moves by, on the next line.
+    # The docstring's new y, with x eliminated: y <- y + c (z - y) - (1 - beta1 (1 - c)) lr d.
     y.add_(c * (z - y)).add_((beta1 * (1 - c) - 1) * step)
     z.sub_(step)
 

@@ -16,15 +16,14 @@ Where the estimate is small or out of date, the clipping makes the step that of 
 Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) every ten updates: 5%
 and 10%.
 The study found: downstream about the baseline's scores, even with the Hessian passes free.
-Where we differ from the release: its BERT draws labels from the encoder's hidden states, throws
-five of six Hessian micro-batches away, does not clip g^, and refreshes before update 0, 10, 20 ...;
-both its models scale h by a constant (196,608 and 5,120) in place of the number of predicted
-tokens. Only rho times that scale matters, so the study's rho of 0.01 stands for about 0.01 x
-196,608 / 16,384 = 0.12 of ours in BERT (its gradient is a mean over a micro-batch's positions) and
-0.01 x 5,120 / 16,416 = 0.0031 in T5; the default is the published 0.05. The log's win rate (the
-share of weights whose step is not clipped) should lie between 0.1 and 0.5. The passes take rows
-from a stream of their own. T5's step is scaled with each tensor's RMS, its decay is not. fp16, in
-which the study's BERT runs ended in NaN, is refused.
+Where we differ from the release: its BERT draws labels from the encoder's hidden states, keeps only
+the last of six Hessian micro-batches, does not clip g^, and refreshes before updates 0, 10, 20 ....
+Both its models have a constant in place of B: 196,608 for BERT, whose gradient is a mean over
+16,384 positions, and 5,120 for T5, with 16,416 labels. Only rho B matters, so the study's rho of
+0.01 is 0.01 x 196,608 / 16,384 = 0.12 here for BERT, and 0.0031 for T5; the default is the paper's
+0.05. The log's win rate (the share of weights whose step is not clipped) should lie between 0.1 and
+0.5. The passes take rows from a stream of their own. T5's step is scaled with each tensor's RMS,
+its decay is not. fp16, in which the study's BERT runs ended in NaN, is refused.
 """
 
 import functools
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from methods.baseline import FREE_EXTRA_PASSES, SECOND_STREAM, Method, Option, processes
+from methods.baseline import FREE_EXTRA_PASSES, SECOND_STREAM, Method, Option
 from optimizers import RuleOptimizer, parameter_groups
 
 LABELS = 0x50F1A  # id of this random stream
@@ -74,9 +73,9 @@ class Sophia(Method):
         "clip_threshold": Option(0.05, "rho: larger means fewer clipped steps", minimum=0.0),
         "hessian_interval": Option(10, "updates from one Hessian pass to the next", minimum=1),
         "hessian_batch": Option(
-            0, "rows of a Hessian pass (0: bert: half a batch, t5: all)", minimum=0
+            0, "rows of a Hessian pass (0: bert half a batch, t5 a batch)", minimum=0
         ),
-        "hessian_clip": Option(1.0, "limit of the norm of its gradient (0: none)", minimum=0.0),
+        "hessian_clip": Option(1.0, "norm that its gradient is clipped to (0: not)", minimum=0.0),
         **FREE_EXTRA_PASSES,
     }
     dtypes = ("fp32", "bf16")
@@ -88,7 +87,7 @@ class Sophia(Method):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.updates, self.win_rate = 0, None
+        self.win_rate = None  # of the last Hessian pass, in its update only
         rows = round(ROWS_SHARE[self.config.model] * self.config.batch)
         self.rows = self.config.options["hessian_batch"] or max(1, rows)
 
@@ -99,13 +98,12 @@ class Sophia(Method):
         groups = parameter_groups(self.model, config.weight_decay)
         return RuleOptimizer(groups, config.lr, rule, new_state, config.rms_scaling, config.compile)
 
-    def warm_up(self):
-        rows = min(self.rows, self.config.micro_batch * processes())
-        self.mean_gradients(np.arange(rows), SECOND_STREAM, self.sampled_loss)
+    def warm_up(self):  # a whole pass: its last micro-batch may have a shape of its own
+        self.mean_gradients(np.arange(self.rows), SECOND_STREAM, self.sampled_loss)
 
     def after_step(self):
-        self.updates, self.win_rate = self.updates + 1, None
-        if self.updates % self.config.options["hessian_interval"] == 0:
+        self.win_rate = None
+        if (self.clock.updates + 1) % self.config.options["hessian_interval"] == 0:
             with self.extra_pass():
                 self.refresh_hessian()
 
@@ -139,15 +137,8 @@ class Sophia(Method):
         won, finite = torch.stack([won, finite]).tolist()  # waits for the device, once
         self.win_rate = won / weights
         if not finite:
-            raise UserError(
-                f"the Hessian pass after update {self.updates} is not finite; use a lower --lr"
-            )
+            update = self.clock.updates + 1
+            raise UserError(f"the Hessian pass after update {update} is not finite; lower --lr")
 
     def report(self):
         return {} if self.win_rate is None else {"win_rate": self.win_rate}
-
-    def state_dict(self):
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state):
-        self.updates = state["updates"]

@@ -36,7 +36,7 @@ class Stacking(Method):
         "growth_times": Option(
             "0.125,0.3", "shares of the budget at which the depth doubles; empty: never"
         ),
-        "optimizer_state": Option("keep", "of a growing model", ("keep", "reset", "copy")),
+        "optimizer_state": Option("keep", "what growth does to it", ("keep", "reset", "copy")),
     }
     defaults = {"t5": {"tiny": dict(lr=8e-2)}}
     turned_off = {model: dict(growth_times="") for model in ("bert", "t5")}

@@ -26,7 +26,9 @@ class WSD(Method):
         "warm_up": Option(
             0.05, "share of the budget in which the rate rises", minimum=0.0, maximum=1.0
         ),
-        "cool_down": Option(0.2, "share of the budget in which it falls", minimum=0.0, maximum=1.0),
+        "cool_down": Option(
+            0.2, "share of the budget in which the rate falls", minimum=0.0, maximum=1.0
+        ),
         "shape": Option("sqrt", "of the cool-down: 1 - sqrt, or linear", ("sqrt", "linear")),
     }
     defaults = {"bert": {"tiny": dict(lr=2e-3)}}

@@ -19,16 +19,15 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import shutil
 import statistics
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from data.prepare import download
 from errors import UserError
-from runs import check_record, read_record
+from runs import check_record, folder_written_whole, read_record
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,6 @@ def checksum(rows):
 
 # -- Downloading -----------------------------------------------------------------------------------
 
-UNPACKED_BYTES = 16 << 30  # of an archive, at most
-
 
 def check_published(path, sha256=None):
     """Raises ValueError unless a file has this SHA-256; without one, unless it is a whole zip."""
@@ -192,19 +189,6 @@ def fetch(url, path, folder, sha256=None):
         ) from None
 
 
-def check_archive(file, path):
-    """Raises UserError for a zip file that would write outside its folder, or without an end."""
-    for member in file.infolist():
-        place = PurePosixPath(member.filename.replace("\\", "/"))
-        if place.is_absolute() or ".." in place.parts:
-            raise UserError(f"{path}: {member.filename!r} in it leaves its folder; remove the file")
-    size = sum(member.file_size for member in file.infolist())
-    if size > UNPACKED_BYTES:
-        raise UserError(
-            f"{path}: it unpacks to {size:,} bytes, expected {UNPACKED_BYTES:,} at most"
-        )
-
-
 def fetch_zip(url, folder, needed, sha256=None):
     """Makes `folder` from the top folder of a published zip file, unless it has the file `needed`
     already. One process at a time: `finetune.py` sees to it, where the system has locks."""
@@ -217,22 +201,16 @@ def fetch_zip(url, folder, needed, sha256=None):
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive = folder.with_name(f"{folder.name}.zip")
-    unpacked = folder.with_name(f"{folder.name}.tmp")
     fetch(url, archive, folder, sha256)
-    shutil.rmtree(unpacked, ignore_errors=True)  # left by a process that was stopped here
-    try:
-        with zipfile.ZipFile(archive) as file:
-            check_archive(file, archive)
-            file.extractall(unpacked)
-        tops = [path for path in unpacked.iterdir() if path.name != "__MACOSX"]
-        top = tops[0] if len(tops) == 1 else unpacked
-        if not (top / needed).exists():
+    with folder_written_whole(folder) as new, zipfile.ZipFile(archive) as file:
+        file.extractall(new)
+        tops = [path for path in new.iterdir() if path.name != "__MACOSX"]
+        if len(tops) == 1:
+            for path in list(tops[0].iterdir()):
+                path.rename(new / path.name)
+            tops[0].rmdir()
+        if not (new / needed).exists():
             raise UserError(f"{archive}: there is no {needed} in it; remove it, and try again")
-        if folder.exists():
-            folder.rmdir()
-        top.rename(folder)
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink()
 
 
