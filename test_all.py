@@ -4340,7 +4340,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
         assert f"{runs / name}: {problem}" in output
     records = list(csv.DictReader(open(table)))
     (lion,) = [r for r in records if r["method"] == "lion"]
-    assert len(records) == 15 and (lion["n"], lion["difference"]) == ("0", "")
+    assert len(records) == 16 and (lion["n"], lion["difference"]) == ("0", "")
     of_an_hour = ("stacking", "1.0", "3")
     (r,) = [r for r in records if (r["method"], r["budget_hours"], r["n"]) == of_an_hour]
     numbers = float(r["difference"]), float(r["glue rte accuracy last"])
