@@ -339,7 +339,7 @@ def test_files_are_found_through_links_in_any_case_and_what_is_left_out_is_said(
     found = prepare.local_files(str(folder))
     names = ["A.JSONL", "a.txt.jsonl", "b [2024].json", "c.TXT"]
     assert [path.name for path in found] == names
-    assert "link to nothing: 2 (as " in capsys.readouterr().out
+    assert "broken link: 2 (as " in capsys.readouterr().out
     kinds = [prepare.kind_of(path) for path in found]
     assert kinds == [".jsonl", ".jsonl", ".json", ".txt"]
     texts = [
@@ -4347,7 +4347,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys):
     assert numbers == pytest.approx((-0.2, 0.81))
     figures = sorted(path.name for path in drawn.iterdir())
     # And final losses and speed-up by budget.
-    assert len([name for name in figures if name.startswith("loss-")]) == 9 and len(figures) == 11
+    assert len([name for name in figures if name.startswith("loss-")]) == 10 and len(figures) == 12
     with pytest.raises(SystemExit):
         report.main([str(drawn)])
     assert "neither the folder of a run nor a folder with runs" in capsys.readouterr().err
