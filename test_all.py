@@ -1758,11 +1758,10 @@ def test_a_signal_saves_and_says_how_to_go_on(corpus_folder, tmp_path, at_update
     assert [r["update"] for r in log_of(moved)[0]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_without_an_update_resumes_in_another_precision(corpus_folder, tmp_path, at_update):
+def test_a_run_killed_early_resumes_in_another_precision(corpus_folder, tmp_path, at_update):
     """And again afterwards: its id is that of the precision that it was started in."""
-
     flags = small_run(corpus_folder, tmp_path / "run", "--budget_steps=6")
-    at_update({2: kill})  # before the first checkpoint but for that of update 0
+    at_update({2: kill})  # its only checkpoint is that of update 0
     with pytest.raises(Killed):
         train.main(flags)
     at_update({4: lambda: os.kill(os.getpid(), signal.SIGTERM)})
@@ -3990,13 +3989,19 @@ def test_suites_are_downloaded_and_verified(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             superglue.load("cb", data, address)
-    for name in ("CB/other", "CB/deep/train.jsonl"):
+    for name in ("../../evil", f"{tmp_path}/evil", "CB/other", "CB/deep/train.jsonl", "CB"):
         with zipfile.ZipFile(data / "CB.zip", "w") as file:
             file.writestr(name, b"x")
         with pytest.raises(UserError, match="there is no train.jsonl in it"):
             tasks.fetch_zip("no address", data / "CB", "train.jsonl")
-    assert list((data / "CB").iterdir()) == []
-    (data / "CB.zip").unlink()
+    assert not list(tmp_path.rglob("evil")) and not list((data / "CB").iterdir())
+    with zipfile.ZipFile(data / "CB.zip", "w") as file:  # a folder in one of its own name
+        file.writestr("CB/CB/more", b"x")
+        file.writestr("CB/train.jsonl", b"x")
+    tasks.fetch_zip("no address", data / "CB", "train.jsonl")
+    assert (data / "CB" / "CB" / "more").read_bytes() == b"x"
+    shutil.rmtree(data / "CB")
+    (data / "CB").mkdir()
     (data / "CB" / "readme").write_text("")
     with pytest.raises(UserError, match="has files in it, but no train.jsonl"):
         superglue.load("cb", data, url)

@@ -259,8 +259,8 @@ class Training:
                 loss = gradients.finish(loss)
                 scaler.unscale_(optimizer)
 
-                # Waits for the device: what is not finite must not reach the weights. (But
-                # an overflow in fp16 is ordinary: the step is skipped, and the scale lowered.)
+                # Waits for the device: what is not finite must not reach the weights. (But an
+                # overflow in fp16 is ordinary: the step is skipped, and the scale lowered.)
                 gradient_norm = torch.nn.utils.get_total_norm(gradients.tensors())
                 loss, norm = gradients.read(loss, gradient_norm)
                 skipped = scaler.is_enabled() and not math.isfinite(norm)
@@ -370,8 +370,8 @@ class Training:
 
     @contextlib.contextmanager
     def open_log(self):
-        """From here on the folder holds a run. A resumed run's log is cut to
-        where its checkpoint was made."""
+        """From here on the folder holds a run. A resumed run's log is cut to where its checkpoint
+        was made."""
         if not is_main():
             yield
             return

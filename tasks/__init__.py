@@ -19,6 +19,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import shutil
 import statistics
 import zipfile
 import zlib
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from data.prepare import download
 from errors import UserError
-from runs import check_record, folder_written_whole, read_record
+from runs import check_record, read_record
 
 
 @dataclass(frozen=True)
@@ -201,16 +202,21 @@ def fetch_zip(url, folder, needed, sha256=None):
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive = folder.with_name(f"{folder.name}.zip")
+    unpacked = folder.with_name(f"{folder.name}.tmp")
     fetch(url, archive, folder, sha256)
-    with folder_written_whole(folder) as new, zipfile.ZipFile(archive) as file:
-        file.extractall(new)
-        tops = [path for path in new.iterdir() if path.name != "__MACOSX"]
-        if len(tops) == 1:
-            for path in list(tops[0].iterdir()):
-                path.rename(new / path.name)
-            tops[0].rmdir()
-        if not (new / needed).exists():
+    shutil.rmtree(unpacked, ignore_errors=True)  # left by a process that was stopped here
+    try:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(unpacked)  # nothing outside it, whatever the members' names are
+        tops = [path for path in unpacked.iterdir() if path.name != "__MACOSX"]
+        top = tops[0] if len(tops) == 1 else unpacked
+        if not (top / needed).exists():
             raise UserError(f"{archive}: there is no {needed} in it; remove it, and try again")
+        if folder.exists():
+            folder.rmdir()
+        top.rename(folder)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink()
 
 
