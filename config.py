@@ -50,7 +50,7 @@ class Config:
         None, "share of tokens predicted (0.15; tiny: 0.3)", minimum=0.01, maximum=MOST_MASKS
     )
     holdout: float = setting(
-        0.2, "share of rows kept from training, for second models", minimum=0, maximum=0.99
+        0.2, "share of rows held back from training, for second models", minimum=0, maximum=0.99
     )
     train_on: str = setting("training", "part of the rows to train on", ("training", "holdout"))
     validation_rows: int = setting(None, "how many at most (base: 10000, else 1000)", minimum=1)
@@ -63,7 +63,7 @@ class Config:
 
     batch: int = setting(None, "rows per update", minimum=1, maximum=2**24)
     lr: float = setting(None, "peak learning rate", minimum=0)
-    schedule: str = setting(None, "how the learning rate follows the budget", tuple(SCHEDULES))
+    schedule: str = setting(None, "shape of the learning rate over the budget", tuple(SCHEDULES))
     beta1: float = setting(None, "decay of the first moment", minimum=0, maximum=0.9999999)
     beta2: float = setting(None, "decay of the second moment", minimum=0, maximum=0.9999999)
     eps: float = setting(None, "added to the denominator", minimum=0)

@@ -202,7 +202,7 @@ def kind_of(folder):
     if config.get("model_type") == "t5":
         return "t5"
     if "model_type" in config or "id" not in config:
-        raise UserError(f"{path} is neither of a run nor of a T5 in transformers' format")
+        raise UserError(f"{path} belongs neither to a run nor to a T5 in transformers' format")
     runs.check_record(config, runs.CONFIG | {"config": {"model": str}}, path)
     if runs.status(folder) != "finished":
         raise UserError(f"{folder} is not finished; go on with: python train.py --resume={folder}")

@@ -41,7 +41,9 @@ class Option:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name}={value}: expected a finite number")
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"--{name}={str(value)[:9]}...: expected a number below 2^63")
+            raise UserError(
+                f"--{name}={str(value)[:9]}...: expected a number between -2^63 and 2^63"
+            )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not self.minimum <= value <= self.maximum:
             raise UserError(f"--{name}={value}: expected a number, {self.limits}")
@@ -79,9 +81,7 @@ class Parser(argparse.ArgumentParser):
         default = str(option.default).lower() if option.kind is bool else str(option.default)
         notes = [default] * (option.default not in (None, ""))
         notes += [option.limits] * bool(option.limits)
-        text, more = option.help, "; ".join(notes)
-        if more:  # in the parentheses that the meaning has already
-            text = f"{text[:-1]}; {more})" if text.endswith(")") else f"{text} ({more})"
+        text = option.help + f" ({'; '.join(notes)})" * bool(notes)
         (group or self).add_argument(
             f"--{name}",
             default=self.argument_default or option.default,

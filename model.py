@@ -224,8 +224,8 @@ class LanguageModel(nn.Module):
 
     def training_bytes_per_row(self, row_length):
         """An estimate of the GPU memory that a row's forward and backward pass needs: 15 bytes (25
-        in fp32) for each token, layer and unit of its two widths, and 12 for each score, where a
-        quarter of the tokens is predicted. (Fitted to measurements, not compiled; the tests repeat
+        in fp32) for each token, layer and unit of its two widths, and 12 for each score, if a
+        quarter of the tokens are predicted. (Fitted to measurements, not compiled; the tests repeat
         them.)"""
         c, numbers = self.config, 25 if self.autocast_dtype is None else 15
         in_layers = numbers * c.n_layers * (c.d_model + c.d_ff) * row_length * self.work_per_token

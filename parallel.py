@@ -35,7 +35,7 @@ def print0(*text):
 
 def micro_batches(groups, micro_batch):
     """This process's part of an update: the rows of all groups, one group after another, cut into
-    equal shares, so that most of many groups stay whole.
+    equal shares, so that with many groups most stay whole.
 
     Args:
         groups: [(positions, layers)], the update's rows and the layers that they train.

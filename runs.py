@@ -240,12 +240,13 @@ def read_tensors(path, expected, device="cpu"):
 @contextlib.contextmanager
 def locked(folder, wait, shared=False):
     """Keeps other processes that lock the same folder out of this block: they wait, or are refused.
-    Those that share the lock keep out, and wait for, only those that do not.
+    Those that share the lock wait for, and keep out, only those that do not; they make no folder.
     A folder that is still empty at its end is removed. (Where the system or the file system has no
     such locks they are not kept out.)"""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not shared:
+        folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
+        with contextlib.suppress(ImportError, OSError):  # where it is not there, nobody is at work
             import fcntl
 
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -263,4 +264,5 @@ def locked(folder, wait, shared=False):
             yield
         finally:
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                if not shared:
+                    folder.rmdir()

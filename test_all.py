@@ -3240,7 +3240,7 @@ def test_sample_explains_what_is_missing(tmp_path, capsys):
         ("--out=", "--out=: it is empty"),
         (f"--out={'x' * 300}", "File name too long"),
         ("--data=~/nowhere", f"--data={Path.home()}/nowhere: not prepared"),
-        (f"--seed={'9' * 400}", "expected a number below 2^63"),
+        (f"--seed={'9' * 400}", "expected a number between -2^63 and 2^63"),
         (f"--batch={10**11}", f"--batch={10**11}: expected a number, from 1 to {2**24}"),
         ("--threads=3000000000", "expected a number, from 0 to 4096"),
         ("--row_length=3", "--row_length=3: expected a number, at least 8"),
@@ -3337,11 +3337,11 @@ def test_one_process_at_a_time_works_on_a_run(corpus_folder, tmp_path, capsys):
     assert "another process is at work on this run" in capsys.readouterr().err
     assert not run.exists()  # a plan that is refused leaves nothing
     assert train.main(flags)["updates"] == 2
-    # Whoever waited for the run finds it finished.
-    assert train.train(train.plan(resolve(parse(flags)[0])), wait=True) is None
     with locked(run, wait=False, shared=True), locked(run, wait=False, shared=True):
         with pytest.raises(UserError, match="at work"), locked(run, wait=False):
             pass
+    with locked(tmp_path / "none", wait=True, shared=True):
+        assert not (tmp_path / "none").exists()
 
 
 def test_training_in_a_thread(corpus_folder, tmp_path):

@@ -68,11 +68,9 @@ WEEK_MINUTES = 7 * 24 * 60
 # -- Training --------------------------------------------------------------------------------------
 
 
-def train(planned, wait=False):
+def train(planned):
     """Trains to the end of the budget, from the start or from the last checkpoint; returns the
-    result. Where another process is at work on the run, `wait` waits for it, and returns None if it
-    has finished the run. Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is
-    saved."""
+    result. Raises SystemExit after SIGTERM or Ctrl-C in an update, when all is saved."""
     config, folder = planned.config, planned.folder
     finished_models, finished_runs = {}, {}
     for name, needed in methods.find(config.method).prerequisites(planned.started).items():
@@ -81,13 +79,10 @@ def train(planned, wait=False):
         numbers = ("updates", "charged_seconds", "wall_seconds", "validation_loss")
         costs = runs.read_record(place / "result.json", dict.fromkeys(numbers, float))
         finished_runs[name] = {"folder": runs.relative_path(place)} | {n: costs[n] for n in numbers}
-    lock = runs.locked(folder, wait) if is_main() else contextlib.nullcontext()
+    lock = runs.locked(folder, wait=False) if is_main() else contextlib.nullcontext()
     smaller = f"with --micro_batch={config.micro_batch}; a smaller one gives the same result"
     with lock, explains_out_of_memory(smaller):
-        wait_for_all()
         if runs.status(folder) == "finished":
-            if wait:
-                return None
             place = runs.relative_path(folder)
             raise UserError(f"{place}: this run is finished; --out=FOLDER repeats it elsewhere")
         print_plan(planned)
@@ -121,7 +116,7 @@ def ensure_run(name, config, reference=None):
         return needed.folder
     print0(f"{name}: training {place} first; it is not charged to the run that needs it")
     try:
-        train(needed, wait=True)
+        train(needed)
     except SystemExit:
         print0(f"(that was {name}, which your command needs first; the same command resumes it)")
         raise
@@ -379,7 +374,7 @@ class Training:
         content = tokenizer.read_bytes()
         with runs.written_whole(self.folder / tokenizer.name) as copy:
             copy.write(content)
-        if not self.clock.updates:  # nothing was kept of an earlier process: these are its flags
+        if not self.clock.updates:  # no update was kept of an earlier process, if there was one
             record = {
                 "id": self.planned.id,
                 "config": dataclasses.asdict(self.planned.started),  # what the id is made of

@@ -71,7 +71,7 @@ SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", ".gz"))
 
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time
 LINE_BYTES = 16 << 20  # of a line at most
-SAMPLE_FILES = 64  # the tokenizer's sample comes from so many or twice as many, evenly spaced
+SAMPLE_FILES = 64  # the tokenizer's sample comes from 64 files, or up to 127, in even steps
 VALIDATION_SHARE = 0.02  # of the text, or less: 10,000 rows of the study, and a margin
 VALIDATION_TOKENS = {"bert": 10_000 * 128 * 1.1, "t5": 10_000 * 568 * 1.1}
 CHECKSUM_BYTES = 16 << 20  # the .bin files are checked in blocks of this size
@@ -790,7 +790,7 @@ def find_text(name, files, shards, base_url, folder):
             for file in names:
                 download(f"{base_url}/{file}", downloads / file)
         return [downloads / file for file in names], {"files": base_url, "shards": shards}
-    raise UserError(f"{name} is none of pydocs and c4; for your own text say --files=PATH")
+    raise UserError(f"{name} is neither pydocs nor c4; for your own text say --files=PATH")
 
 
 def prepare(

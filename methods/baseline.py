@@ -127,7 +127,7 @@ class Method:
     def inputs(self, positions, stream=TRAINING_STREAM):
         """What does the model read of these rows (all that this process trains on in an update)? A
         batch: a dictionary of tensors, each with its rows first. (Its shapes are compiled before
-        the run, but for one that lasts less than 1% of the budget.)"""
+        the run; one in use for less than 1% of the budget may be missed.)"""
         return self.corpus.batch(positions, stream)
 
     def loss(self, batch, layers):

@@ -12,17 +12,17 @@ probability that rises with its loss's rank among recent losses. The others are 
     train on the oldest `batch` that wait; the others wait on
 
 Cost: 1 + beta candidates for every row that is trained on: with beta 1 about 1 + 2/3 of an update.
-The study found: no gain in validation loss on three data sets (with beta 1, best of 1, 2 and 3).
+The study found: no gain in validation loss on three data sets (beta 1, the best of 1, 2 and 3).
 Where we differ from the release: the scoring pass predicts the masked positions only (there all of
 them: 1.82 updates in place of 1.67), and T5 can use it, too. The original's history has 1,024
-losses, its exponent is 3, and its first pass over the data selects nothing; here it does.
+losses, its exponent is 3, and its first pass over the data trains on every row.
 """
 
 import math
 
 import numpy as np
 
-from methods.baseline import FREE_EXTRA_PASSES, STUDY_MICRO_BATCH, Method, Option, processes
+from methods.baseline import FREE_EXTRA_PASSES, STUDY_MICRO_BATCH, Method, Option
 
 ACCEPTANCE = 0x5E1EC7  # id of this random stream
 
@@ -62,8 +62,8 @@ class SelectiveBackprop(Method):
         self.candidates, self.accepted = 0, 0  # of the last update
         self.group = min(self.config.options["selection_batch"], self.config.batch)  # rows
 
-    def warm_up(self):  # among several processes each number of groups makes parts of other sizes
-        most = math.ceil(self.config.batch / self.group) if processes() > 1 else 1
+    def warm_up(self):  # each number of groups may leave a last part of another size
+        most = math.ceil(self.config.batch / self.group) if self.config.compile else 1
         for groups in range(1, most + 1):
             self.row_losses(np.arange(groups * self.group))
 
@@ -81,7 +81,7 @@ class SelectiveBackprop(Method):
 
     def select(self, positions, losses):
         """Lets some rows of a group wait for training."""
-        kept = max(self.config.options["loss_history"], len(losses))  # it is ranked in its group
+        kept = max(self.config.options["loss_history"], len(losses))  # a group is ranked whole
         self.history = np.concatenate([self.history, losses])[-kept:]
         probability = percentiles(losses, self.history) ** self.config.options["beta"]
         accepted = positions[self.corpus.uniform(ACCEPTANCE, positions) < probability]

@@ -17,7 +17,7 @@ Cost: a forward and backward pass of half a batch (BERT) or of a batch (T5) ever
 and 10%.
 The study found: downstream about the baseline's scores, even with the Hessian passes free.
 Where we differ from the release: its BERT draws labels from the encoder's hidden states, keeps only
-the last of six Hessian micro-batches, does not clip g^, and refreshes before updates 0, 10, 20 ....
+the last of six Hessian micro-batches, does not clip g^, and refreshes before updates 0, 10, 20 etc.
 Both its models have a constant in place of B: 196,608 for BERT, whose gradient is a mean over
 16,384 positions, and 5,120 for T5, with 16,416 labels. Only rho B matters, so the study's rho of
 0.01 is 0.01 x 196,608 / 16,384 = 0.12 here for BERT, and 0.0031 for T5; the default is the paper's
@@ -75,7 +75,9 @@ class Sophia(Method):
         "hessian_batch": Option(
             0, "rows of a Hessian pass (0: bert half a batch, t5 a batch)", minimum=0
         ),
-        "hessian_clip": Option(1.0, "norm that its gradient is clipped to (0: not)", minimum=0.0),
+        "hessian_clip": Option(
+            1.0, "norm its gradient is clipped to (0: no clipping)", minimum=0.0
+        ),
         **FREE_EXTRA_PASSES,
     }
     dtypes = ("fp32", "bf16")

@@ -28,7 +28,9 @@ MODEL = "reference_model"
 
 class TokenRho(Method):
     options = {
-        "share": Option(0.7, "share of predicted tokens that train", minimum=0.001, maximum=1.0),
+        "share": Option(
+            0.7, "share of the predicted tokens to train on", minimum=0.001, maximum=1.0
+        ),
         **FREE_EXTRA_PASSES,
     }
     turned_off = {model: dict(share=1.0) for model in ("bert", "t5")}

@@ -33,7 +33,7 @@ newer=muon,schedule_free,wsd,lawa,token_rho,length_warmup,mask_schedule,token_dr
 hours() {
     study --reference=results/one-thread.json --data=$1 --models=$2 --seeds=$3 --budgets=$4 --methods=$5 $6
 }
-# The seeds of one budget follow one another, so that they are of one machine where it may change.
+# All seeds of a budget run one after another, to share a machine even if it changes later.
 hours pydocs bert 0,1,2 0.1 $seven,$newer
 hours pydocs bert 0,1,2 0.1 wsd,lawa+wsd --cool_down=0  # averaging in place of decay
 hours pydocs bert 0,1,2 0.033 $seven
