@@ -632,13 +632,14 @@ def name_lines(axes):
         heights[index] = min(heights[index], highest)
         highest = heights[index] - line_height
     for index, line in enumerate(named):
+        to_its_left = dict(relpos=(0, 0.5), patchA=None)
         axes.annotate(
             line.get_label(),
             ends[index],
             (1.06, heights[index]),
             textcoords="axes fraction",
             verticalalignment="center",
-            arrowprops=dict(arrowstyle="-", color=line.get_color()),
+            arrowprops=dict(arrowstyle="-", color=line.get_color(), **to_its_left),
         )
 
 
@@ -709,9 +710,10 @@ class Figures:
             if margin := 0.05 * (max(late, default=0) - min(late, default=0)):
                 axes.set_ylim(min(late) - margin, max(late) + margin)
 
-    def by_budget(self, name, title, ylabel, points, level=None):
+    def by_budget(self, name, title, ylabel, points, ratio):
         """`points`: {label: [(budget in hours, value, lowest, highest)]}; a value may be missing.
-        What is only known to lie below or above a number, as "<0.5", is a triangle there."""
+        What is only known to lie below or above a number, as "<0.5", is a triangle there. A ratio
+        has a line at 1, and twice is as far from it as half."""
         xlabel = "budget, hours of the reference"
         with self.axes(name, title, xscale="log", xlabel=xlabel, ylabel=ylabel) as axes:
             budgets = sorted({hours for own in points.values() for hours, *_ in own})
@@ -730,8 +732,10 @@ class Figures:
                     for open_ended in (one for one in (value, *bounds) if isinstance(one, str)):
                         marker = {"<": "v", ">": "^"}[open_ended[0]]
                         axes.plot(hours, number(open_ended), marker, color=color, markersize=6)
-            if level and axes.lines:
-                axes.axhline(level, color="black", linewidth=0.5)
+            if ratio and axes.lines:
+                axes.axhline(1, color="black", linewidth=0.5)
+                axes.set_yscale("log", base=2)
+                axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
             axes.set_xticks([], minor=True)
 
@@ -760,15 +764,15 @@ def draw(tables, records, folder):
                 f"{family}: not in the figures against the budget, with one budget each: {single}"
             )
         title = f"{family}, hours of {own[0]['reference']}"
-        for column, name, ylabel, level in (
-            ("validation_loss", "budgets", "final validation loss (nats), ± deviation", None),
-            ("speed_up", "speed-up", "speed-up over the baseline", 1.0),
+        for column, name, ylabel, ratio in (
+            ("validation_loss", "budgets", "final validation loss (nats), ± deviation", False),
+            ("speed_up", "speed-up", "speed-up over the baseline, 95%", True),
         ):
             points = {
                 label: [(r["budget_hours"], r[column], *bounds(r, column)) for r in of_method]
                 for label, of_method in methods.items()
             }
-            figures.by_budget(name, title, ylabel, points, level)
+            figures.by_budget(name, title, ylabel, points, ratio)
     return figures.paths
 
 
