@@ -4010,7 +4010,7 @@ def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monk
     convert([str(finished_runs["t5"]), str(tmp_path / "theirs")])
     refuses(convert, [finished_runs["bert"], tmp_path / "bert"], "a BERT")
     before = (finished_runs["t5"] / "config.json").read_text()
-    refuses(convert, [finished_runs["t5"]] * 2, "is the run itself")  # it would lose its config.json
+    refuses(convert, [finished_runs["t5"]] * 2, "is the run itself")  # or lose its config
     assert (finished_runs["t5"] / "config.json").read_text() == before
     monkeypatch.setattr(sni, "INSTANCES", 4)
     flags = f"--data_dir={sni_files(tmp_path / 'data')} --epochs=1 --max_length=64"
