@@ -2551,6 +2551,13 @@ def test_rho_trains_its_other_model_once(corpus_folder, tmp_path, monkeypatch, c
     assert other_model(flags, f"--data={moved}")[0] == "training"
 
 
+def program_of(page, text):
+    """The one Python program on a page that has this text in it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (found,) = (block for block in blocks if text in block)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page, title, flags, said",
@@ -2565,9 +2572,7 @@ def test_the_pages_methods_are_complete(
     corpus_folder, tmp_path, method_files, at_update, capsys, page, title, flags, said
 ):
     """As they stand there: killed and resumed, next to one of the six, with another option."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    (source,) = (block for block in blocks if f'"""{title}' in block)
-    method_files(page=source)
+    method_files(page=program_of(page, f'"""{title}'))
     flags += " --budget_steps=6 --validations=1"
     trained(corpus_folder, tmp_path / "plain", flags)
     assert said in capsys.readouterr().out
@@ -2581,9 +2586,14 @@ def test_the_pages_methods_are_complete(
         assert [record.get(name) for record in one] == [record.get(name) for record in two]
 
 
+def test_the_courses_program_finds_where_the_model_grows(contract, capsys):
+    program = program_of("docs/course.md", "FOLDER")
+    exec(program.replace("FOLDER", str(contract("stacking", "bert"))), {})
+    assert re.findall(r"^(\d) layers: \d.* -> \d", capsys.readouterr().out, re.M) == ["2", "4"]
+
+
 def test_a_schedule_of_the_course_equals_the_flags_that_it_names(corpus_folder, method_files):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/course.md").read_text(), re.DOTALL)
-    method_files(constant=blocks[0])
+    method_files(constant=program_of("docs/course.md", '"""Constant'))
     (cls,) = methods.find("constant").classes.values()
     options = dict(warm_up=0.2, cool_down=0.0, shape="sqrt")
     config = SimpleNamespace(options=options)
@@ -4818,7 +4828,7 @@ def test_the_pages_commands_run(
         monkeypatch.setitem(models.SIZES[model], "tiny", NARROW)
         for name in ("pydocs", "english"):
             shutil.copytree(folder, tmp_path / "data" / name / f"{model}-512")
-    for shard in range(8):
+    for shard in range(70):
         place = tmp_path / "texts" / f"c4-train.{shard:05d}-of-01024.json.gz"
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(gzip.compress((corpus_folder.parent / "text.jsonl").read_bytes()))

@@ -6,7 +6,7 @@ from two copies of a shallow one begins ahead of one with random weights. Early 
 model are also cheaper. Here the depth doubles twice: 4, 8, 16 layers of BERT, 3, 6, 12 of T5's two
 stacks.
 
-    depth = L / 2^(growths)
+    depth = L / 2^(growths to come)
     when the share of the budget that is spent reaches the next of `growth_times`:
         for i < depth: the weights of layer depth + i become those of layer i
         depth = 2 depth
@@ -19,7 +19,7 @@ only.
 Where we differ from the release: growth happens before an update's first pass, never between its
 micro-batches, and is charged. `--optimizer_state`:
     keep    the old layers' moments stay, the new ones start without any; what the release does
-    reset   all moments start anew; the paper's, which the release configures
+    reset   all moments start anew; the paper's, and what the release's configuration asks for
     copy    the new layers also get the moments of the layers that they copy
 """
 
