@@ -254,6 +254,13 @@ class Plan:
     checksum: str  # of the corpus
     folder: Path
     id: str
+    edited: tuple = ()  # methods whose files were edited since the folder's run began
+
+    @property
+    def note(self):
+        """What to say of a run that there is already."""
+        files = ", ".join(f"methods/{name}.py" for name in self.edited)
+        return f", before {files} was edited (delete the folder to make it again)" if files else ""
 
 
 def plan(config, reference=None, folder=None, stored=None):
@@ -279,13 +286,16 @@ def plan(config, reference=None, folder=None, stored=None):
     run_id = runs.identify(deciding, checksum, hour)
     if not folder:
         folder = Path(config.out) if config.out else runs.find(plan_name(config), run_id)
+    edited = ()
     if runs.status(folder) != "new":
-        found = runs.read_record(folder / "config.json", runs.CONFIG)["id"]
-        if found != run_id:
+        record = runs.read_record(folder / "config.json", runs.CONFIG)
+        if record["id"] != run_id:
             what = "its config.json was changed" if stored else "choose another --out"
             place = runs.relative_path(folder)
-            raise UserError(f"{place} holds the run {found}, and this is {run_id}; {what}")
-    return Plan(config, started, reference, corpus_folder, checksum, folder, run_id)
+            raise UserError(f"{place} holds the run {record['id']}, and this is {run_id}; {what}")
+        then, now = record.get("method_files", {}), methods.find(config.method).source_hashes()
+        edited = tuple(name for name in then if now.get(name) != then[name])
+    return Plan(config, started, reference, corpus_folder, checksum, folder, run_id, edited)
 
 
 def plan_name(config):

@@ -8,9 +8,12 @@ A table has the runs that may be compared: of one model and size, on the same ro
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
 are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
 fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its 95%
-interval is Student's, for so few runs. Charged hours and stalled seconds are the reference's; free
-and wall hours are the runs' machines'. What is missing is shown as missing; what is unfinished or
-damaged is named.
+interval is Student's, for so few runs. (Below zero is better; the ± of a loss is the standard
+deviation over its seeds, that of a difference half its interval.) A speed-up is the budget at which
+the baseline ends as low, over this one; it needs runs of the baseline of two budgets. Of a method's
+settings those with the most runs have its bare name. Charged hours and stalled seconds are the
+reference's; free and wall hours are the runs' machines'. What is missing is shown as missing; what
+is unfinished or damaged is named.
 """
 
 import collections
@@ -178,6 +181,10 @@ def read(folder):
                 f"resumed with another {name}, {config.get(name)} and then {ended_with[name]}; it "
                 "stands where it began"
             )
+    then, now = stored.get("method_files", {}), result.get("method_files", {})
+    for name in sorted(then.keys() & now.keys()):
+        if then[name] != now[name]:
+            problems.append(f"methods/{name}.py was edited between its beginning and its end")
     validations, damage = read_validations(folder, config)
     return Run(folder, stored, result, validations, scores, problems + [damage] * bool(damage))
 

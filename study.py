@@ -1,12 +1,12 @@
 """A whole study: every model, method, learning rate, budget and seed.
 
     python study.py --models=bert,t5 --methods=baseline,lion --seeds=0,1 --budgets=0.05,0.1
-    python study.py --methods=lion --lrs=1e-4,3e-4,1e-3 --budget_steps=2000      to tune a method
+    python study.py --methods=lion --lrs=1e-4,3e-4,1e-3 --seeds=0 --budgets=0.05    to tune a method
 
-All other flags are train.py's and go to every run (--size=small, --threads=1, an option of a method
-that all of them have). What is finished is kept and what was interrupted is resumed, so the same
-command goes on after a Ctrl-C, a crash or a reboot, and can be given more seeds later. A run that
-fails is named at the end; the others go on.
+All other flags are train.py's and go to every run (--size=small, --threads=1, an option that all
+the methods have; one that only some have needs a command of its own). What is finished is kept and
+what was interrupted is resumed, so the same command goes on after a Ctrl-C, a crash or a reboot,
+and can be given more seeds later. A run that fails is named at the end; the others go on.
 
     --launch='torchrun --nproc_per_node=8'    every run on several devices
     --at_once=2 --threads=1                   several runs at once on a CPU
@@ -103,7 +103,8 @@ def main(arguments=None):
         if launcher.stopped:
             return
         place = relative_path(planned.folder)
-        print(f"[{number} of {len(todo)}] {place}: {status(planned.folder)}", flush=True)
+        state = f"{status(planned.folder)}{planned.note}"
+        print(f"[{number} of {len(todo)}] {place}: {state}", flush=True)
         if status(planned.folder) == "finished":
             return
         exit_status = launcher.run(own)

@@ -2324,20 +2324,20 @@ def test_contract_trains_and_resumes_bit_for_bit(
     torch.manual_seed(0)
     fresh, saved = models.build(model, "tiny", 512).state_dict(), weights_of(plain)
     assert not any(torch.equal(fresh[key], saved[key]) for key in saved if saved[key].dim() == 2)
-    at_update({1: kill, 5: kill, 8: kill})  # before and after stacking has grown
-    for _ in range(3):
+    at_update({1: kill, 5: kill, 8: kill, 12: kill})  # before and after stacking has grown
+    for _ in range(4):
         with pytest.raises(Killed):
             contract(name, model, "killed", SAVING)
     killed = contract(name, model, "killed")
     said = re.findall("resumed after update ([0-9]+)", capsys.readouterr().out)
-    assert said == ["0", "4", "7"]
+    assert said == ["0", "4", "7", "11"]
     message = "a resumed run ends with other weights: is something missing from state_dict?"
     assert_same_weights(plain, killed, message)
     timing = {"charged_seconds", "free_seconds", "spent_seconds", "factor"}
     one, other = (
         [
             {key: value for key, value in record.items() if key not in timing}
-            for record in log_of(folder)[0]
+            for record in itertools.chain(*log_of(folder))
         ]
         for folder in (plain, killed)
     )
@@ -2369,6 +2369,35 @@ def test_contract_micro_batch_and_free_passes_change_nothing(contract, name, mod
             for folder in (plain, free)
         )
         assert uncharged > 0 and (charged > 0) == (name == "rho")  # its second model's losses
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_contract_goes_on_after_overflows_in_fp16(contract, monkeypatch, name):
+    cls = methods.find(name).classes[name]
+    if "fp16" not in cls.dtypes or "bert" not in cls.models:  # T5 takes too long on a CPU
+        pytest.skip(f"{name} is not for a BERT in fp16")
+    large = functools.partial(torch.amp.GradScaler, init_scale=2.0**26)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    folder = contract(name, "bert", "fp16", "--dtype=fp16")
+    skipped = [record["skipped"] for record in log_of(folder)[0]]
+    assert skipped == sorted(skipped, reverse=True) and 0 < sum(skipped) < 12, skipped
+    assert all(weight.isfinite().all() for weight in weights_of(folder).values())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_contract_combines_with_stacking(contract, at_update, name):
+    """Layers that come, and a resume in between."""
+    try:
+        methods.find(f"stacking+{name}")
+    except UserError:
+        pytest.skip(f"{name} is stacking, or claims one of its hooks")
+    model = methods.find(name).classes[name].models[0]
+    plain = contract(f"stacking+{name}", model)
+    assert [record["stacking"]["layers"] for record in log_of(plain)[0]][::11] == [1, 4]
+    at_update({3: kill})
+    with pytest.raises(Killed):
+        contract(f"stacking+{name}", model, "killed", SAVING)
+    assert_same_weights(plain, contract(f"stacking+{name}", model, "killed"))
 
 
 @pytest.mark.parametrize(
@@ -4464,6 +4493,37 @@ def test_two_versions_of_a_method_file_are_named(tmp_path, corpus_folder, capsys
         assert found == hashlib.sha256(source).hexdigest()[:12]
 
 
+def test_an_edited_method_is_said(
+    corpus_folder, tmp_path, method_files, at_update, monkeypatch, refuses, capsys
+):
+    """Of a finished run, of one that goes on, and of one whose method inherits from another."""
+    monkeypatch.setattr("runs.ROOT", tmp_path)
+    parent = "from methods.baseline import Method\nclass Parent(Method):\n    pass\n"
+    child = "from methods.parent import Parent\nclass Child(Parent):\n    pass\n"
+    method_files(parent=parent, child=child)
+    flags = small_run(corpus_folder, tmp_path / "run", "--method=child --budget_steps=4", SAVING)
+    at_update({3: kill})
+    with pytest.raises(Killed):
+        train.main(flags)
+    method_files(parent=parent + "# edited\n")
+    resume = [f"--resume={tmp_path / 'run'}"]
+    train.main(resume)
+    edited = ", before methods/parent.py was edited"
+    assert f"resumed after update 2{edited}" in capsys.readouterr().out
+    refuses(train.main, flags, f"this run is finished{edited}")
+    report.main([str(tmp_path / "run")])
+    problem = "methods/parent.py was edited between its beginning and its end"
+    assert f"{tmp_path / 'run'}: {problem}" in capsys.readouterr().out
+    flags = study_flags(corpus_folder, "--methods=child --seeds=0 --budgets= --budget_steps=1")
+    monkeypatch.setattr(study.Launcher, "run", lambda launcher, flags: train.main(flags))
+    study.main(flags)
+    study.main(flags)
+    assert capsys.readouterr().out.endswith(": finished\n")
+    method_files(child=child + "# edited\n")
+    study.main(flags)
+    assert ": finished, before methods/child.py was edited" in capsys.readouterr().out
+
+
 def test_difference_and_speed_up_are_to_the_same_baseline(tmp_path, capsys):
     runs, other = tmp_path / "runs", {"lr": 0.5}
     for seed, (hours, loss) in enumerate([(1.0, 4.0), (2.0, 3.0), (8.0, 2.0)]):
@@ -4639,7 +4699,7 @@ def test_tinys_rates_are_the_best_of_five_trials():
                 assert settings["lr"] not in own  # or two tables have it
                 own[settings["lr"]] = float(record["validation_loss"])
     table = re.findall(r"\(methods/(\w+)\.py\) \|", (ROOT / "README.md").read_text())
-    assert set(table) == {*methods.names()}
+    assert len(table) == 15 and {*table} <= {*methods.names()}
     assert trials.keys() == set(itertools.product(("bert", "t5"), table))
     for (model, method), losses in trials.items():
         best = min(losses, key=losses.get)

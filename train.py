@@ -84,7 +84,8 @@ def train(planned):
     with lock, explains_out_of_memory(smaller):
         if runs.status(folder) == "finished":
             place = runs.relative_path(folder)
-            raise UserError(f"{place}: this run is finished; --out=FOLDER repeats it elsewhere")
+            note = f"this run is finished{planned.note}; --out=FOLDER repeats it elsewhere"
+            raise UserError(f"{place}: {note}")
         print_plan(planned)
         training = Training(planned, finished_models)
         corpus, entropy = training.corpus, training.corpus.unigram_entropy()
@@ -112,7 +113,7 @@ def ensure_run(name, config, reference=None):
         pass
     wait_for_all()
     if runs.status(needed.folder) == "finished":
-        print0(f"{name}: reusing {place}")
+        print0(f"{name}: reusing {place}{needed.note}")
         return needed.folder
     print0(f"{name}: training {place} first; it is not charged to the run that needs it")
     try:
@@ -380,6 +381,7 @@ class Training:
                 "config": dataclasses.asdict(self.planned.started),  # what the id is made of
                 "corpus": self.planned.checksum,
                 "reference": dataclasses.asdict(self.planned.reference),
+                "method_files": self.method.source_hashes(),
             }
             runs.write_json(self.folder / "config.json", record)
         # A line ends in one byte on every system: the checkpoint counts the log's bytes.
@@ -448,7 +450,7 @@ class Training:
         updates = self.clock.updates
         if is_main() and (not log.exists() or log.stat().st_size < self.counters.log_bytes):
             raise UserError(f"{log} is shorter than at the checkpoint's update {updates}")
-        print0(f"  resumed after update {updates}")
+        print0(f"  resumed after update {updates}{self.planned.note}")
 
     def finish(self, finished_runs):
         """Saves the run's last state, its weights and its result."""

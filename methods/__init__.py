@@ -112,10 +112,11 @@ class Combination:
         return runs
 
     def source_hashes(self):
-        """{method: hash of its file}: two versions of a method can be told apart afterwards."""
-        classes = {"baseline": Method, **self.classes}
-        sources = {name: Path(inspect.getfile(cls)).read_bytes() for name, cls in classes.items()}
-        return {name: hashlib.sha256(source).hexdigest()[:12] for name, source in sources.items()}
+        """{method: hash of its file}, and of the methods that they inherit from: two versions of a
+        method can be told apart afterwards."""
+        classes = {base for cls in self.classes.values() for base in inspect.getmro(cls)}
+        files = sorted(Path(inspect.getfile(cls)) for cls in classes if issubclass(cls, Method))
+        return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
 
     def start(self, *arguments):
         """Makes the methods (`arguments` are `Method`'s) and the optimizer; returns itself."""

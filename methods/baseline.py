@@ -49,14 +49,15 @@ class Method:
         self.corpus: `draw(count)`, the next stream positions (rows that are drawn and not trained
             on are gone; `draw(count, SECOND_STREAM)` is for passes that train nothing: the same
             rows in another order, under other masks); `batch(positions, stream)`, their rows;
-            `uniform(*integers)`, a number in [0, 1) that is always the same for the same integers
-            (arrays of them give an array), so on all processes and after a resume. Begin with an
-            integer of your own.
+            `uniform(*integers)`, a number in [0, 1), 0 included, always the same for the same
+            integers (an array or tensor of them gives one), so on all processes and after a
+            resume. Begin with an integer of your own.
             A batch has int64 tensors: "tokens" (B, T) are read, "labels" (B, P) are predicted, for
             BERT in the columns "positions" (B, P). In training no label is missing.
-        self.clock: `progress`, the share of the budget that is spent; `updates`, made before this
-            one, skipped ones too; `free()`, for work that is not charged. All other work from
-            `begin_update` to `report` is. Weights may not change in a free block.
+        self.clock: `progress`, the share of the budget that was spent before this update;
+            `updates`, made before it, skipped ones too; `free()`, a block of work that is not
+            charged, in which weights may not change. All else from `begin_update` to `report` is
+            charged.
         self.config: every flag of `train.py --help`; `self.config.options` are the methods' own.
         self.combination: the hooks of all methods of this run, and the `optimizer_in_use`.
             `super().HOOK()` is the baseline's, of no other method: two that override one hook do
@@ -141,14 +142,16 @@ class Method:
     def before_step(self, gradient_norm):
         """The gradients are ready, and this is their norm, a 0-dim tensor: clip or change every
         `parameter.grad` in place. They are fp32, summed over the processes, unscaled, and None for
-        what did not train. A change that differs between processes corrupts the run. (In fp16 the
-        norm is not finite where a gradient overflowed, and no step follows.)"""
+        what did not train. A change that differs between processes corrupts the run; after one
+        `super().before_step` needs the new norm. (In fp16 the norm is not finite where a gradient
+        overflowed, and no step follows.)"""
         parameters = self.model.parameters()
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, gradient_norm)
 
     def evaluation_weights(self):
         """With which weights is the model validated and saved? {parameter: tensor}, of those that
-        are not the trained ones."""
+        are not the trained ones; {} in the baseline. Not charged; it may be asked before a step,
+        and must not change later updates."""
         return {}
 
     # -- Called for every method of a combination --------------------------------------------------
