@@ -947,7 +947,7 @@ def test_one_product_is_several():
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_flops_are_those_that_torch_counts(name, corpus_folder, t5_folder):
-    """A multiple of eight rows and tokens, so that no kernel pads; attention by its formula."""
+    """With attention written out: of a CPU's fused kernel torch counts nothing."""
     model = models.build(name, "tiny", 512)
     corpus = Corpus(corpus_folder if name == "bert" else t5_folder, row_length=32)
     batch = corpus.batch(np.arange(4))
@@ -4053,7 +4053,7 @@ def test_fine_tuning_reads_folders_of_transformers(finished_runs, tmp_path, monk
     convert([str(finished_runs["t5"]), str(tmp_path / "theirs")])
     refuses(convert, [finished_runs["bert"], tmp_path / "bert"], "a BERT")
     before = (finished_runs["t5"] / "config.json").read_text()
-    refuses(convert, [finished_runs["t5"]] * 2, "is the run itself")  # or lose its config
+    refuses(convert, [finished_runs["t5"]] * 2, "is the run itself")  # its config would be lost
     assert (finished_runs["t5"] / "config.json").read_text() == before
     monkeypatch.setattr(sni, "INSTANCES", 4)
     flags = f"--data_dir={sni_files(tmp_path / 'data')} --epochs=1 --max_length=64"
@@ -4496,7 +4496,7 @@ def test_two_versions_of_a_method_file_are_named(tmp_path, corpus_folder, capsys
 def test_an_edited_method_is_said(
     corpus_folder, tmp_path, method_files, at_update, monkeypatch, refuses, capsys
 ):
-    """Of a finished run, of one that goes on, and of one whose method inherits from another."""
+    """Of a run that goes on, of a finished one, and of one whose method inherits from it."""
     monkeypatch.setattr("runs.ROOT", tmp_path)
     parent = "from methods.baseline import Method\nclass Parent(Method):\n    pass\n"
     child = "from methods.parent import Parent\nclass Child(Parent):\n    pass\n"

@@ -16,11 +16,11 @@ losses of the training model. As in the study, training the irreducible-loss mod
 not charged, and neither are the losses under it, a free block; result.json reports both.
 The study found: no gain over the baseline's validation loss, with three data sets. With ten
 candidates per row and free selection the loss is slightly better (lower), but GLUE is worse.
-Where we differ from the release: the irreducible-loss model trains as long as the run (there 12
-hours, or 6). There the loss of the training model and the irreducible loss
+Where we differ from the release: there the loss of the training model and the irreducible loss
 belong to different masks of a row, and by the documented commands to different rows; here the
-irreducible-loss model scores each candidate when it is drawn. The scoring pass predicts the masked
-positions only. Validation rows are neither in the holdout nor trained on.
+irreducible-loss model scores each candidate when it is drawn. It trains as long as the run (there
+12 hours, or 6). The scoring pass predicts the masked positions only. Validation rows are neither in
+the holdout nor trained on.
 """
 
 import numpy as np

@@ -36,7 +36,7 @@ hours() {
 # All seeds of a budget run one after another, to share a machine even if it changes later.
 hours pydocs bert 0,1,2 0.1 $seven,$newer
 hours pydocs bert 0,1,2 0.1 wsd,lawa+wsd --cool_down=0  # averaging in place of decay
-hours pydocs bert 0,1,2 0.1 stacking+length_warmup,stacking+mask_schedule  # the three best
+hours pydocs bert 0,1,2 0.1 stacking+length_warmup,stacking+mask_schedule  # of the three best
 hours pydocs bert 0,1,2 0.033 $seven
 hours pydocs t5 0,1,2 0.1 $seven,$newer
 hours english bert 0,1,2 0.1 $seven
