@@ -410,6 +410,33 @@ def differing_files(table):
     return {name: versions for name, versions in found.items() if len(versions) > 1}
 
 
+def noise_floor(table):
+    """(the standard deviation of a run around its row's mean, pooled over all rows; the degrees of
+    freedom; the least difference of two means, of as many seeds as the baseline has, that is
+    beyond it: Fisher's least significant difference, 95%); None without repeated seeds or a
+    baseline."""
+    samples = [list(row.losses().values()) for row in table.rows]
+    samples = [sample for sample in samples if len(sample) > 1]
+    if not samples or not table.baseline:
+        return None
+    degrees = sum(len(sample) - 1 for sample in samples)
+    squares = sum((len(sample) - 1) * statistics.variance(sample) for sample in samples)
+    pooled, count = (squares / degrees) ** 0.5, len(table.baseline.losses())
+    return pooled, degrees, student_t(degrees) * pooled * (2 / count) ** 0.5
+
+
+def seeds_apart(row, baseline):
+    """The seeds of which a row's run and the baseline's had different devices. Reference time
+    makes their hours alike, not equal."""
+
+    def devices(row):
+        pairs = ((run.config["seed"], run.result.get("device")) for run in row.runs)
+        return {seed: set(own) for seed, own in grouped(pairs, lambda pair: pair[0]).items()}
+
+    ours, theirs = devices(row), devices(baseline)
+    return sorted(seed for seed in ours.keys() & theirs.keys() if ours[seed] != theirs[seed])
+
+
 # -- Tables ----------------------------------------------------------------------------------------
 
 COLUMNS = """group model size data train_on reference budget_hours budget_steps method n
@@ -808,6 +835,13 @@ def print_table(table, records, titles, points):
         print(f"speed-ups are read off the baseline's mean losses, taken as exact: {losses}")
     if compared := comparisons(table):
         print(compared)
+    if floor := noise_floor(table):
+        pooled, degrees, least = floor
+        print(
+            f"noise floor: between seeds a loss varies by {pooled:.4f} (standard deviation, pooled "
+            f"over the rows: {degrees} degrees of freedom); by chance two means differ by "
+            f"{least:.4f} or less (95%, one comparison)"
+        )
     theirs = table.baseline.settings if table.baseline else {}
     for row in table.rows:
         own = row.settings if row is table.baseline else row.settings.items() - theirs.items()
@@ -822,6 +856,9 @@ def print_table(table, records, titles, points):
     for title, key in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
         values = sorted({str(result.get(key) or MISSING) for result in finished})
         print(f"{title}: {', '.join(values) or MISSING}")
+    for row in table.rows if table.baseline and table.budget[0] else ():
+        if seeds := ", ".join(map(str, seeds_apart(row, table.baseline))):
+            print(f"{row.label}: on another device than the baseline: seed {seeds}")
     for name, folders in differing_files(table).items():
         versions = "; ".join(
             f"{version}: {', '.join(map(str, runs))}" for version, runs in folders.items()
