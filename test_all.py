@@ -1,6 +1,7 @@
 """The tests: every part against an independent reference or an invariant. Fixed seeds, kills at
 fixed points, nothing that depends on the machine's speed."""
 
+import ast
 import collections
 import copy
 import csv
@@ -956,6 +957,40 @@ def test_flops_are_those_that_torch_counts(name, corpus_folder, t5_folder):
         model.loss(batch).backward()
     expected = 4 * model.training_flops_per_row(read, predicted)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_readmes_costs_are_what_the_flops_say():
+    """At base, of the methods whose cost is not a plain fraction."""
+    readme = (ROOT / "README.md").read_text()
+    cells = dict(re.findall(r"methods/(\w+)\.py\) \|.*\| (.*) \|$", readme, re.MULTILINE))
+    found = {"muon": [], "mask_schedule": []}
+    for name in ("bert", "t5"):
+        config = resolve({"model": name, "size": "base", "device": "cpu"})
+        with torch.device("meta"):
+            model = models.build(name, "base", config.vocabulary)
+        meta = dict(tokenizer_size=config.vocabulary, first_sentinel=0, separator=1)
+        plain = corpora.OBJECTIVES[name](config.row_length, meta, config.mask_share)
+
+        def flops(objective, model=model):
+            read = getattr(objective, "read_length", objective.raw_length)
+            return model.training_flops_per_row(read, objective.predicted_per_row)
+
+        products = 0
+        for matrix in hidden_matrices(model).values():
+            short, long = sorted(matrix.shape)
+            products += muon.STEPS * (4 * short**2 * long + 2 * short**3)
+        found["muon"].append(1 + products / (config.batch * flops(plain)))
+        options = resolve({"model": name, "size": "base", "method": "mask_schedule"}).options
+        shares = np.linspace(options["first_multiple"], 1, options["steps"]) * config.mask_share
+        costs = [flops(plain.with_mask_share(share, meta)) / flops(plain) for share in shares]
+        found["mask_schedule"].append(np.mean(costs))
+    for method, (bert, t5) in found.items():
+        assert cells[method] == f"{bert:.2f}, T5 {t5:.2f}", method
+    # Layers of tokens: 8 full ones, 7 of half the tokens, and one in which only keys and values are
+    # of all tokens.
+    d, ff = (models.SIZES["bert"]["base"][name] for name in ("d_model", "d_ff"))
+    mixed = (2 * d**2 + 0.5 * (2 * d**2 + 3 * d * ff)) / (4 * d**2 + 3 * d * ff)
+    assert cells["token_dropping"].startswith(f"{0.1 + 0.9 * (8 + 3.5 + mixed) / 16:.2f} of BERT's")
 
 
 def test_save_and_load(tmp_path):
@@ -4861,6 +4896,24 @@ def test_the_loop_names_no_method_and_the_readme_names_the_files():
     assert set(re.findall(r"train\.py[^\n`]* --(\w+)", readme)) <= flags
     for name in set(methods.names()) - {"baseline"}:
         assert not re.search(rf"(?<![a-z]){name}(?![a-z])", source), name
+
+
+def test_the_pages_flags_and_tests_are_there():
+    known = {"resume", "help", "nproc_per_node", *(field.name for field in dataclasses.fields(Config))}
+    known = known.union(*(methods.find(name).options for name in methods.names()))
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py")):
+        source = path.read_text()
+        known |= set(re.findall(r'"(\w+)"[:,]\s*(?:\("\w+", )?Option\(', source))
+        known |= set(re.findall(r'add_argument\("--(\w+)"', source))
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")):
+        flags = set(re.findall(r"(?<![\w-])--(\w+)", page.read_text()))
+        assert flags <= known, (page, flags - known)
+    assert sum(name.startswith("test_contract_") for name in globals()) >= 8
+
+
+def test_the_sources_are_python_3_10():
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")):
+        ast.parse(path.read_text(), feature_version=(3, 10))
 
 
 QUICK = "--vocabulary=512 --size=tiny --batch=6 --validation_rows=20 --device=cpu --threads=1"
