@@ -390,6 +390,8 @@ def family_name(run, others):
     alike = [other.family for other in others if subject(other) == subject(run)]
     own = run.family
     telling = [name for name in own if any(other.get(name) != own[name] for other in alike)]
+    if own["train_on"] == "training":  # as nearly all are
+        telling = [name for name in telling if name != "train_on"]
     return ", ".join([subject(run), *(f"{name} {short(own[name])}" for name in telling)])
 
 
@@ -647,6 +649,7 @@ def gain(unit, trained, untrained):
 # Okabe and Ito's, which the colour-blind tell apart, but for yellow, too pale on white.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 STYLES = [dict(color=color, linestyle=style) for style in ("-", "--", ":") for color in COLORS]
+SPEED_UPS = 1 / 8, 1 / 4, 0.5, 0.65, 0.8, 1, 1.25, 1.5, 2, 4, 8  # ticks
 FONT_SIZE = 12  # points: readable at half the width of a page
 
 
@@ -769,7 +772,10 @@ class Figures:
             if ratio and axes.lines:
                 axes.axhline(1, color="black", linewidth=0.5)
                 axes.set_yscale("log", base=2)
-                axes.yaxis.set_major_formatter("{x:g}")
+                lowest, highest = axes.get_ylim()
+                ticks = [tick for tick in SPEED_UPS if lowest <= tick <= highest]
+                axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.set_yticks([], minor=True)
             axes.set_xticks(budgets, [f"{hours:g}" for hours in budgets])
             axes.set_xticks([], minor=True)
 

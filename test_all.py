@@ -4899,8 +4899,9 @@ def test_the_loop_names_no_method_and_the_readme_names_the_files():
 
 
 def test_the_pages_flags_and_tests_are_there():
-    known = {"resume", "help", "nproc_per_node", *(field.name for field in dataclasses.fields(Config))}
+    known = {field.name for field in dataclasses.fields(Config)}
     known = known.union(*(methods.find(name).options for name in methods.names()))
+    known |= {"resume", "help", "nproc_per_node"}
     for path in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py")):
         source = path.read_text()
         known |= set(re.findall(r'"(\w+)"[:,]\s*(?:\("\w+", )?Option\(', source))
