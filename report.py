@@ -413,18 +413,19 @@ def differing_files(table):
 
 
 def noise_floor(table):
-    """(the standard deviation of a run around its row's mean, pooled over all rows; the degrees of
-    freedom; the least difference of two means, of as many seeds as the baseline has, that is
-    beyond it: Fisher's least significant difference, 95%); None without repeated seeds or a
-    baseline."""
-    samples = [list(row.losses().values()) for row in table.rows]
-    samples = [sample for sample in samples if len(sample) > 1]
-    if not samples or not table.baseline:
+    """(standard deviation of a run's loss; its degrees of freedom; the least difference of two rows
+    that it does not explain, at 95%: Fisher's least significant difference); None with fewer than
+    two rows or seeds. Of the rows with all of the baseline's seeds: what is left of a loss beside
+    the means of its row and of its seed, in which all rows are taken to vary alike."""
+    seeds = sorted(table.baseline.losses()) if table.baseline else []
+    losses = [row.losses() for row in table.rows]
+    losses = np.array([[own[seed] for seed in seeds] for own in losses if own.keys() >= {*seeds}])
+    degrees = (len(losses) - 1) * (len(seeds) - 1)
+    if degrees < 1:
         return None
-    degrees = sum(len(sample) - 1 for sample in samples)
-    squares = sum((len(sample) - 1) * statistics.variance(sample) for sample in samples)
-    pooled, count = (squares / degrees) ** 0.5, len(table.baseline.losses())
-    return pooled, degrees, student_t(degrees) * pooled * (2 / count) ** 0.5
+    means = losses.mean(0) + losses.mean(1, keepdims=True) - losses.mean()
+    one_run = (np.square(losses - means).sum() / degrees) ** 0.5
+    return one_run, degrees, student_t(degrees) * one_run * (2 / len(seeds)) ** 0.5
 
 
 def seeds_apart(row, baseline):
@@ -842,11 +843,11 @@ def print_table(table, records, titles, points):
     if compared := comparisons(table):
         print(compared)
     if floor := noise_floor(table):
-        pooled, degrees, least = floor
+        one_run, degrees, least = floor
         print(
-            f"noise floor: between seeds a loss varies by {pooled:.4f} (standard deviation, pooled "
-            f"over the rows: {degrees} degrees of freedom); by chance two means differ by "
-            f"{least:.4f} or less (95%, one comparison)"
+            f"noise floor: beside the means of its row and seed a loss varies by {one_run:.4f} "
+            f"(standard deviation, {degrees} degrees of freedom); by chance the means of two rows "
+            f"differ by {least:.4f} or less (95%, one comparison)"
         )
     theirs = table.baseline.settings if table.baseline else {}
     for row in table.rows:
