@@ -1,0 +1,44 @@
+#!/bin/sh
+# The runs of docs/course.md, on the whole of an otherwise idle machine: an hour and a half of two
+# cores. From the project's folder, `sh results/course.sh` goes on where it was stopped.
+set -e
+python=${PYTHON:-python}
+run() {
+    out=runs/course/$1
+    shift
+    [ -f $out/result.json ] || $python train.py --device=cpu --out=$out "$@"
+}
+run 1-baseline
+run 1-constant --method=wsd --warm_up=0.2 --cool_down=0 --lr=4e-3
+
+# Step 2: alone, and beside a load from 30 to 90 seconds after the start.
+[ -f mine.json ] || $python rst.py --device=cpu --threads=1 --save=mine.json
+referenced() {
+    name=$1
+    shift
+    run $name --threads=1 --reference=mine.json --budget_hours=0.05 "$@"
+}
+beside_a_load() {
+    (
+        sleep 30
+        timeout -s INT 60 $python train.py --device=cpu --budget_steps=9999 --out=runs/course/load ||
+            rm -r runs/course/load
+    ) &
+    referenced "$@"
+    wait
+}
+referenced 2-alone
+beside_a_load 2-beside-a-load
+beside_a_load 2-without-probe --reprobe=false
+
+run 3-stacking --method=stacking
+run 3-stacking-copy --method=stacking --optimizer_state=copy
+run 4-layer-drop --method=layer_drop
+run 4-layer-drop-rescale --method=layer_drop --rescale
+run 5-rho --method=rho
+run 6-lion --method=lion
+run 6-muon --method=muon
+run 6-signum --method=lion --beta2=0.9
+run 7-stacking-muon --method=stacking+muon
+$python study.py --methods=baseline,stacking --seeds=0,1,2 --budgets=0.02,0.04
+$python study.py --methods=baseline --lrs=2e-3,8e-3 --seeds=0,1,2 --budgets=0.02
