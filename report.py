@@ -413,11 +413,14 @@ def differing_files(table):
 
 
 def noise_floor(table):
-    """(standard deviation of a run's loss; its degrees of freedom; the least difference of two rows
-    that it does not explain, at 95%: Fisher's least significant difference); None with fewer than
-    two rows or seeds. Of the rows with all of the baseline's seeds: what is left of a loss beside
-    the means of its row and of its seed, in which all rows are taken to vary alike."""
-    seeds = sorted(table.baseline.losses()) if table.baseline else []
+    """(number of rows; standard deviation of a run's loss; its degrees of freedom; the least
+    difference between two rows' means that it does not explain, at 95%: Fisher's least significant
+    difference); None without a baseline, or with fewer than two rows or seeds. Of the rows with all
+    of the baseline's seeds: what the means of row and seed leave of a loss, taken to vary alike in
+    all rows."""
+    if not table.baseline:
+        return None
+    seeds = sorted(table.baseline.losses())
     losses = [row.losses() for row in table.rows]
     losses = np.array([[own[seed] for seed in seeds] for own in losses if own.keys() >= {*seeds}])
     degrees = (len(losses) - 1) * (len(seeds) - 1)
@@ -425,7 +428,7 @@ def noise_floor(table):
         return None
     means = losses.mean(0) + losses.mean(1, keepdims=True) - losses.mean()
     one_run = (np.square(losses - means).sum() / degrees) ** 0.5
-    return one_run, degrees, student_t(degrees) * one_run * (2 / len(seeds)) ** 0.5
+    return len(losses), one_run, degrees, student_t(degrees) * one_run * (2 / len(seeds)) ** 0.5
 
 
 def seeds_apart(row, baseline):
@@ -433,8 +436,9 @@ def seeds_apart(row, baseline):
     makes their hours alike, not equal."""
 
     def devices(row):
-        pairs = ((run.config["seed"], run.result.get("device")) for run in row.runs)
-        return {seed: set(own) for seed, own in grouped(pairs, lambda pair: pair[0]).items()}
+        known = [run for run in row.runs if run.result.get("device")]
+        by_seed = grouped(known, lambda run: run.config["seed"])
+        return {seed: {run.result["device"] for run in own} for seed, own in by_seed.items()}
 
     ours, theirs = devices(row), devices(baseline)
     return sorted(seed for seed in ours.keys() & theirs.keys() if ours[seed] != theirs[seed])
@@ -650,7 +654,8 @@ def gain(unit, trained, untrained):
 # Okabe and Ito's, which the colour-blind tell apart, but for yellow, too pale on white.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 STYLES = [dict(color=color, linestyle=style) for style in ("-", "--", ":") for color in COLORS]
-SPEED_UPS = 1 / 8, 1 / 4, 0.5, 0.65, 0.8, 1, 1.25, 1.5, 2, 4, 8  # ticks
+# Ticks: powers of two, and some near 1, where most speed-ups are.
+SPEED_UPS = sorted({*(2.0**power for power in range(-6, 7)), 0.65, 0.8, 1.25, 1.5})
 FONT_SIZE = 12  # points: readable at half the width of a page
 
 
@@ -843,11 +848,11 @@ def print_table(table, records, titles, points):
     if compared := comparisons(table):
         print(compared)
     if floor := noise_floor(table):
-        one_run, degrees, least = floor
+        count, one_run, degrees, least = floor
         print(
-            f"noise floor: beside the means of its row and seed a loss varies by {one_run:.4f} "
-            f"(standard deviation, {degrees} degrees of freedom); by chance the means of two rows "
-            f"differ by {least:.4f} or less (95%, one comparison)"
+            f"noise floor, of {count} rows, taken to vary alike: without the means of row and seed "
+            f"a loss has a standard deviation of {one_run:.4f} ({degrees} degrees of freedom); "
+            f"by chance two rows' means differ by at most {least:.4f} (95%, a single comparison)"
         )
     theirs = table.baseline.settings if table.baseline else {}
     for row in table.rows:

@@ -1,6 +1,7 @@
 #!/bin/sh
-# The runs of docs/course.md, on the whole of an otherwise idle machine: an hour and a half of two
-# cores. From the project's folder, `sh results/course.sh` goes on where it was stopped.
+# The runs of docs/course.md, but for those of methods that its reader writes, on the whole of an
+# otherwise idle machine. From the project's folder, `sh results/course.sh` goes on where it was
+# stopped; a run beside a load begins anew.
 set -e
 python=${PYTHON:-python}
 run() {
@@ -19,13 +20,17 @@ referenced() {
     run $name --threads=1 --reference=mine.json --budget_hours=0.05 "$@"
 }
 beside_a_load() {
+    [ ! -f runs/course/$1/result.json ] || return 0
+    rm -rf runs/course/$1 runs/course/load
     (
         sleep 30
-        timeout -s INT 60 $python train.py --device=cpu --budget_steps=9999 --out=runs/course/load ||
-            rm -r runs/course/load
+        exec timeout 60 $python train.py --device=cpu --budget_steps=9999 --out=runs/course/load
     ) &
+    load=$!
+    trap 'kill $load' EXIT
     referenced "$@"
-    wait
+    trap - EXIT
+    wait $load || [ $? -eq 124 ]  # it ran until its time was over
 }
 referenced 2-alone
 beside_a_load 2-beside-a-load
@@ -40,5 +45,5 @@ run 6-lion --method=lion
 run 6-muon --method=muon
 run 6-signum --method=lion --beta2=0.9
 run 7-stacking-muon --method=stacking+muon
-$python study.py --methods=baseline,stacking --seeds=0,1,2 --budgets=0.02,0.04
-$python study.py --methods=baseline --lrs=2e-3,8e-3 --seeds=0,1,2 --budgets=0.02
+$python study.py --device=cpu --methods=baseline,stacking --seeds=0,1,2 --budgets=0.02,0.04
+$python study.py --device=cpu --methods=baseline --lrs=2e-3,8e-3 --seeds=0,1,2 --budgets=0.02
