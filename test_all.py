@@ -962,7 +962,7 @@ def test_flops_are_those_that_torch_counts(name, corpus_folder, t5_folder):
 def test_the_readmes_costs_are_what_the_flops_say():
     """At base: of muon, mask_schedule and token_dropping."""
     readme = (ROOT / "README.md").read_text()
-    cells = dict(re.findall(r"methods/(\w+)\.py\) \|.*\| (.*) \|$", readme, re.MULTILINE))
+    cells = dict(re.findall(r"methods/(\w+)\.py\) \|.*\| (.*)$", readme, re.MULTILINE))
     found = {"muon": [], "mask_schedule": []}
     for name in ("bert", "t5"):
         config = resolve({"model": name, "size": "base", "device": "cpu"})
@@ -4743,7 +4743,95 @@ def test_a_folder_that_is_a_file_is_a_message(finished_runs, tmp_path, refuses):
         refuses(main, [finished_runs["bert"], *flags], str(tmp_path / "file"))
 
 
-@pytest.mark.skipif(not (ROOT / "results" / "study.csv").exists(), reason="not made yet")
+def study_records():
+    """Those of results/study.csv on `pydocs`, but for the second models that methods need."""
+    with open(ROOT / "results" / "study.csv", newline="") as file:
+        records = [*csv.DictReader(file)]
+    return [r for r in records if (r["data"], r["train_on"]) == ("pydocs", "training")]
+
+
+def test_the_readmes_differences_are_those_of_the_study():
+    """A row a method, a column a budget: in bold where it is larger than its interval."""
+    columns = [("bert", "0.033"), ("bert", "0.1"), ("bert", "0.3"), ("t5", "0.1"), ("t5", "0.3")]
+    cells = {}
+    for record in study_records():
+        if record["n"] != "3":
+            continue
+        if record["method"] == "baseline":
+            text = f"{float(record['validation_loss']):.3f}"
+        else:
+            mean, half = float(record["difference"]), float(record["interval_95"])
+            text = f"{mean:+.3f}".replace("-", "−")
+            text = (f"**{text}**" if abs(mean) > half else text) + f"±{half:.3f}"
+        cells[record["method"], record["model"], record["budget_hours"]] = text
+    rows = [
+        "|".join([method, *(cells.get((method, *column), "") for column in columns)])
+        for method in dict.fromkeys(record["method"] for record in study_records())
+        if method not in ("wsd cool_down=0.0", "lawa+wsd")  # another question; on the page
+    ]
+    table = re.findall(r"^(?!method)[a-z_+]+\|.*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 17 and sorted(table) == sorted(rows)
+
+
+def test_the_answers_numbers_are_those_of_the_study():
+    """Of results/README.md, the text before its tables: differences and speed-ups."""
+    text = (ROOT / "results" / "README.md").read_text().split("\n## ")[0].replace("\n  ", " ")
+    with open(ROOT / "results" / "study.csv", newline="") as file:
+        known = [
+            f"{float(record['difference']):+.3f} ± {float(record['interval_95']):.3f}"
+            for record in csv.DictReader(file)
+            if record["interval_95"]
+        ]
+    found = re.findall(r"[+−]\d\.\d+(?: ± \d\.\d+)?", text)
+    assert len(found) > 10 and {number.replace("−", "-") for number in found} <= {*known}
+    speed_ups = [record["speed_up"] for record in study_records()]
+    known = [f"{float(one):.2f}" for one in speed_ups if one and one[0] not in "<>"]
+    found = re.findall(r"(?<![\d.])\d\.\d\d(?!\d)", text)
+    assert len(found) > 6 and {*found} <= {*known}
+
+
+def kept(folder):
+    """The result of a run that is kept in results/."""
+    (path,) = (ROOT / "results").glob(f"{folder}/result.json")
+    return json.loads(path.read_text())
+
+
+def test_the_pages_of_reference_time_show_the_runs_that_are_kept():
+    """A row a run: its factor's mean, its minutes, updates and loss."""
+    page = (ROOT / "results" / "README.md").read_text()
+    first = "runs/{}-tiny-baseline-pydocs-{}h-one-thread-seed{}-*"
+    rows = {
+        f"{model.upper()}, 0.1 h, {machine}": kept(folder)
+        for model in ("bert", "t5")
+        for machine, folder in (
+            ("an EPYC", first.format(model, "0.1", 0)),
+            ("a Xeon", f"reference_time/{model}-0.1h-xeon"),
+        )
+    }
+    for seed in range(3):
+        rows[f"BERT, 0.3 h, the Xeon, seed {seed}"] = kept(first.format("bert", "0.3", seed))
+    for others, name in ((0, "alone"), (1, "beside one process"), (3, "beside three")):
+        rows[f"BERT, 0.033 h, the Xeon, {name}"] = kept(f"reference_time/{others}-others")
+    for name, result in rows.items():
+        factor = statistics.mean(factor for _, factor in result["factor_history"])
+        row = f"| {name} | {factor:.2f} | {result['wall_seconds'] / 60:.1f} | "
+        row += f"{result['updates']:,} | {result['validation_loss']:.4f} |"
+        assert row in page, row
+
+
+def test_the_readmes_sample_is_of_a_run_that_is_kept():
+    readme, result = (ROOT / "README.md").read_text(), kept("quickstart/bert")
+    entropy, loss = result["unigram_entropy"], result["validation_loss"]
+    last = (
+        f"validation loss {loss:.4f} after {result['updates']} updates, {result['rows']:,} rows; "
+        f"unigram entropy {entropy:.4f} (difference {entropy - loss:.4f})"
+    )
+    printed = (ROOT / "results" / "quickstart" / "bert" / "printed.txt").read_text()
+    assert last in readme and last in printed
+    for line in re.findall(r"^  (?:read|written|original) +(.*) \.\.\.$", readme, re.MULTILINE):
+        assert line in printed
+
+
 def test_the_tables_of_results_are_the_reports(tmp_path, capsys):
     """Every row of the report of the runs that are kept in results/ is on its page."""
     report.main([str(ROOT / "results" / "runs"), f"--csv={tmp_path / 'study.csv'}"])
