@@ -7,13 +7,14 @@
 A table has the runs that may be compared: of one model and size, on the same rows and tokens, under
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
 are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
-fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its 95%
-interval is Student's, for so few runs. (Below zero is better; the ± of a loss is the standard
-deviation over its seeds, that of a difference half its interval.) A speed-up is the budget at which
-the baseline ends as low, over this one; it needs runs of the baseline of two budgets. Of a method's
-settings those with the most runs have its bare name. Charged hours and stalled seconds are the
-reference's; free and wall hours are the runs' machines'. What is missing is shown as missing; what
-is unfinished or damaged is named.
+fewer than two of them, where both have two seeds or more, it is that of the means (Welch); how
+much it rises from a method's shortest budget to its longest, likewise. Its 95% interval is
+Student's, for so few runs. (Below zero is better; the ± of a loss is the standard deviation over
+its seeds, that of a difference half its interval.) A speed-up is the budget at which the baseline
+ends as low, over this one; it needs runs of the baseline of two budgets. Of a method's settings
+those with the most runs have its bare name. Charged hours and stalled seconds are the reference's;
+free and wall hours are the runs' machines'. What is missing is shown as missing; what is unfinished
+or damaged is named.
 """
 
 import collections
@@ -314,10 +315,13 @@ class Table:
     rows: list
 
     @property
-    def title(self):
+    def budget_title(self):
         hours, updates = self.budget
-        budget = f"{updates} updates" if updates else f"{hours:g} h of {self.reference}"
-        return f"{self.family}, {budget}"
+        return f"{updates} updates" if updates else f"{hours:g} h of {self.reference}"
+
+    @property
+    def title(self):
+        return f"{self.family}, {self.budget_title}"
 
     @property
     def baseline(self):
@@ -579,6 +583,29 @@ def comparisons(table):
         f"comparisons: {count}; beyond its own interval: {exceeding(0.95)}; beyond intervals that "
         f"hold together (Bonferroni): {together}"
     )
+
+
+def changes(tables):
+    """Does a gain shrink as the budget grows? For the tables of one family, by budget: Markdown of
+    how much each method's difference to the baseline rises from its shortest budget to its longest,
+    over pairs of the same seed. "" without a method that has two budgets."""
+    gaps = collections.defaultdict(list)  # {label: [(budget, {seed: difference})]}
+    for table in tables:
+        theirs = table.baseline.losses() if table.baseline else {}
+        for row in table.rows:
+            own = row.losses()
+            gap = {seed: own[seed] - theirs[seed] for seed in own.keys() & theirs.keys()}
+            if gap and row is not table.baseline:
+                gaps[row.label].append((table.budget_title, gap))
+    several = {label: own for label, own in gaps.items() if len(own) > 1}
+    if not several:
+        return ""
+    lines = ["| method | from | to | the difference rises by, 95% |", "|---|---|---|---|"]
+    for label, [(shortest, first), *_, (longest, last)] in several.items():
+        mean, half, how = difference(last, first)
+        rise = f"{mean:+.4f} ± {formatted(half, '.4f')} ({how})"
+        lines.append(f"| {label} | {shortest} | {longest} | {rise} |")
+    return "\n".join(lines)
 
 
 def titles_of(runs):
@@ -850,9 +877,9 @@ def print_table(table, records, titles, points):
     if floor := noise_floor(table):
         count, one_run, degrees, least = floor
         print(
-            f"noise floor, of {count} rows, taken to vary alike: without the means of row and seed "
-            f"a loss has a standard deviation of {one_run:.4f} ({degrees} degrees of freedom); "
-            f"by chance two rows' means differ by at most {least:.4f} (95%, a single comparison)"
+            f"noise floor: a residual standard deviation of {one_run:.4f} after removing the means "
+            f"of row and seed ({count} rows, {degrees} degrees of freedom, equal variances "
+            f"assumed); two given rows differ by up to {least:.4f} by chance (95%)"
         )
     theirs = table.baseline.settings if table.baseline else {}
     for row in table.rows:
@@ -911,6 +938,11 @@ def main(arguments=None):
         here = [record_of(row, table, own_points, titles) for row in table.rows]
         print_table(table, here, titles, own_points)
         records += here
+    for (family, _), own in grouped(
+        tables, lambda table: (table.family, table.budget[1] is None)
+    ).items():
+        if rises := changes(own):
+            print(f"## {family}, from the shortest budget to the longest\n\n{rises}\n")
     for run in runs:
         for problem in run.problems:
             print(f"{run.folder}: {problem}")

@@ -38,12 +38,13 @@ hours pydocs bert 0,1,2 0.1 $seven,$newer
 hours pydocs bert 0,1,2 0.1 wsd,lawa+wsd --cool_down=0  # averaging in place of decay
 hours pydocs bert 0,1,2 0.1 stacking+length_warmup,stacking+mask_schedule  # of the three best
 hours pydocs bert 0,1,2 0.033 $seven
+hours pydocs bert 0,1,2 0.058,0.17 baseline,stacking,layer_drop  # between, of those that lead first
 hours pydocs t5 0,1,2 0.1 $seven,$newer
 hours english bert 0,1,2 0.1 $seven
 hours pydocs bert 0,1,2 0.3 $seven
 hours pydocs t5 0,1,2 0.3 $seven
-hours pydocs bert 0,1,2 0.011,0.6 baseline  # shorter and longer ones, to read speed-ups off
-hours pydocs t5 0,1,2 0.033,0.6 baseline
+hours pydocs bert 0,1,2 0.011 baseline  # more budgets, to read speed-ups off
+hours pydocs t5 0,1,2 0.033,0.058,0.17 baseline
 
 # Downstream: the baseline, the best and the worst of the others at 0.3 h (by seeds 0 and 1), and
 # untrained, on SST-2, from the folder $GLUE or downloaded. The recipe was chosen before a score was seen.
