@@ -46,8 +46,8 @@ hours pydocs t5 0,1,2 0.3 $seven
 hours pydocs bert 0,1,2 0.011 baseline  # more budgets, to read speed-ups off
 hours pydocs t5 0,1,2 0.033,0.058,0.17 baseline
 
-# Downstream: the baseline, the best and the worst of the others at 0.3 h (by seeds 0 and 1), and
-# untrained, on SST-2, from the folder $GLUE or downloaded. The recipe was chosen before a score was seen.
+# Downstream: the baseline, the best and the worst of the others at 0.3 h, and untrained, on SST-2,
+# from the folder $GLUE or downloaded. The recipe was chosen before a score was seen.
 sst2() {
     $python finetune.py runs/bert-tiny-$1-pydocs-0.3h-one-thread-seed2-* --suite=glue --task=sst2 \
         --epochs=1 --lr=3e-4 --seeds=0,1,2,3,4 --threads=1 ${GLUE:+--data_dir="$GLUE"} $2
