@@ -7,8 +7,8 @@
 A table has the runs that may be compared: of one model and size, on the same rows and tokens, under
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
 are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
-fewer than two of them, where both have two seeds or more, it is that of the means (Welch); how
-much it rises from a method's shortest budget to its longest, likewise. Its 95% interval is
+fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its
+change is from a method's shortest budget to its longest, over the same seeds. A 95% interval is
 Student's, for so few runs. (Below zero is better; the ± of a loss is the standard deviation over
 its seeds, that of a difference half its interval.) A speed-up is the budget at which the baseline
 ends as low, over this one; it needs runs of the baseline of two budgets. Of a method's settings
@@ -587,24 +587,24 @@ def comparisons(table):
 
 def changes(tables):
     """Does a gain shrink as the budget grows? For the tables of one family, by budget: Markdown of
-    how much each method's difference to the baseline rises from its shortest budget to its longest,
-    over pairs of the same seed. "" without a method that has two budgets."""
-    gaps = collections.defaultdict(list)  # {label: [(budget, {seed: difference})]}
+    how each method's difference to one baseline, by seed, changes from its shortest budget to its
+    longest. "" without a method that has two budgets."""
+    gaps = collections.defaultdict(list)  # {labels: [(budget, {seed: difference})]}
     for table in tables:
         theirs = table.baseline.losses() if table.baseline else {}
         for row in table.rows:
             own = row.losses()
             gap = {seed: own[seed] - theirs[seed] for seed in own.keys() & theirs.keys()}
             if gap and row is not table.baseline:
-                gaps[row.label].append((table.budget_title, gap))
-    several = {label: own for label, own in gaps.items() if len(own) > 1}
+                gaps[row.label, table.baseline.label].append((table.budget_title, gap))
+    several = {label: own for (label, _), own in gaps.items() if len(own) > 1}
     if not several:
         return ""
-    lines = ["| method | from | to | the difference rises by, 95% |", "|---|---|---|---|"]
+    lines = ["| method | from | to | change in difference, 95% |", "|---|---|---|---|"]
     for label, [(shortest, first), *_, (longest, last)] in several.items():
         mean, half, how = difference(last, first)
-        rise = f"{mean:+.4f} ± {formatted(half, '.4f')} ({how})"
-        lines.append(f"| {label} | {shortest} | {longest} | {rise} |")
+        change = f"{mean:+.4f} ± {formatted(half, '.4f')} ({how})"
+        lines.append(f"| {label} | {shortest} | {longest} | {change} |")
     return "\n".join(lines)
 
 
@@ -938,11 +938,9 @@ def main(arguments=None):
         here = [record_of(row, table, own_points, titles) for row in table.rows]
         print_table(table, here, titles, own_points)
         records += here
-    for (family, _), own in grouped(
-        tables, lambda table: (table.family, table.budget[1] is None)
-    ).items():
-        if rises := changes(own):
-            print(f"## {family}, from the shortest budget to the longest\n\n{rises}\n")
+    for family, own in grouped(tables, lambda table: table.family).items():
+        if changed := changes(own):
+            print(f"## {family}, from the shortest budget to the longest\n\n{changed}\n")
     for run in runs:
         for problem in run.problems:
             print(f"{run.folder}: {problem}")

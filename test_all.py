@@ -4423,7 +4423,8 @@ def test_report_counts_its_comparisons(tmp_path, capsys):
 
 
 def test_report_says_whether_a_gain_shrinks(tmp_path, capsys):
-    """The rise of a method's difference, from its first budget to its last, by seed."""
+    """The change of a method's difference, from its first budget to its last, by seed; of another
+    baseline it is none."""
     from scipy import stats
 
     gaps = {1.0: [-0.3, -0.2, -0.4], 2.0: [9.0, 9.0, 9.0], 4.0: [0.0, 0.15, -0.1]}
@@ -4433,6 +4434,9 @@ def test_report_says_whether_a_gain_shrinks(tmp_path, capsys):
             write_run(tmp_path / f"b{hours}-{seed}", [loss], seed=seed, hours=hours)
             write_run(tmp_path / f"l{hours}-{seed}", [loss + gap], "lion", seed, hours)
     write_run(tmp_path / "muon", [1.0], "muon")  # at one budget only
+    for method, lr in (("baseline", 0.1), ("lion", None)):
+        changed = {"config": {"lr": lr}} if lr else {}
+        write_run(tmp_path / f"{method}0.5", [9.0], method, hours=0.5, **changed)
     report.main([str(tmp_path)])
     interval = stats.ttest_rel(gaps[4.0], gaps[1.0]).confidence_interval()
     mean, half = (interval.high + interval.low) / 2, (interval.high - interval.low) / 2
@@ -4762,10 +4766,14 @@ def test_a_folder_that_is_a_file_is_a_message(finished_runs, tmp_path, refuses):
         refuses(main, [finished_runs["bert"], *flags], str(tmp_path / "file"))
 
 
+def csv_records(path):
+    with open(path, newline="") as file:
+        return [*csv.DictReader(file)]
+
+
 def study_records():
     """Those of results/study.csv on `pydocs`, but for the second models that methods need."""
-    with open(ROOT / "results" / "study.csv", newline="") as file:
-        records = [*csv.DictReader(file)]
+    records = csv_records(ROOT / "results" / "study.csv")
     return [r for r in records if (r["data"], r["train_on"]) == ("pydocs", "training")]
 
 
@@ -4794,19 +4802,17 @@ def test_the_readmes_differences_are_those_of_the_study():
 
 def test_the_answers_numbers_are_those_of_the_study(tmp_path):
     """Of results/README.md, the text before its tables: differences and speed-ups."""
-    text = (ROOT / "results" / "README.md").read_text().split("\n## ")[0].replace("\n  ", " ")
-    report.main([str(ROOT / "results" / "runs-epyc"), f"--csv={tmp_path / 'epyc.csv'}"])
-    known = []
-    for path in (ROOT / "results" / "study.csv", tmp_path / "epyc.csv"):
-        with open(path, newline="") as file:
-            known += [
-                f"{float(record['difference']):+.3f} ± {float(record['interval_95']):.3f}"
-                for record in csv.DictReader(file)
-                if record["interval_95"]
-            ]
     page = (ROOT / "results" / "README.md").read_text()
-    for score in re.findall(r"\d\d\.\d ± \d\.\d(?!\d)", text):
-        assert f"{score} (5 fine-tunings)" in page
+    text = page.split("\n## ")[0].replace("\n  ", " ")
+    report.main([str(ROOT / "results" / "runs-epyc"), f"--csv={tmp_path / 'epyc.csv'}"])
+    known = [
+        f"{float(record['difference']):+.3f} ± {float(record['interval_95']):.3f}"
+        for path in (ROOT / "results" / "study.csv", tmp_path / "epyc.csv")
+        for record in csv_records(path)
+        if record["interval_95"]
+    ]
+    scores = re.findall(r"\d\d\.\d ± \d\.\d(?!\d)", text)
+    assert len(scores) == 4 and all(f"{score} (5 fine-tunings)" in page for score in scores)
     for rise, half in re.findall(r"one-thread \| ([+-]\d\.\d+) ± (\d\.\d+)", page):
         known.append(f"{float(rise):+.3f} ± {float(half):.3f}")
     found = re.findall(r"[+−]\d\.\d+(?: ± \d\.\d+)?", text)
@@ -4860,8 +4866,8 @@ def test_the_readmes_sample_is_of_a_run_that_is_kept():
     )
     printed = (ROOT / "results" / "quickstart" / "bert" / "printed.txt").read_text()
     assert last in readme and last in printed
-    for line in re.findall(r"^  (?:read|written|original) +(.*) \.\.\.$", readme, re.MULTILINE):
-        assert line in printed
+    lines = re.findall(r"^  (?:read|written|original) +(.*) \.\.\.$", readme, re.MULTILINE)
+    assert len(lines) == 3 and all(line in printed for line in lines)
 
 
 def test_the_tables_of_results_are_the_reports(tmp_path, capsys):
@@ -4878,13 +4884,12 @@ def test_tinys_rates_are_the_best_of_five_trials():
     page has them all."""
     page = (ROOT / "results" / "README.md").read_text()
     trials = collections.defaultdict(dict)
-    with open(ROOT / "results" / "tuning.csv", newline="") as file:
-        for record in csv.DictReader(file):
-            settings = json.loads(record["settings"])
-            if record["train_on"] == "training":
-                own = trials[record["model"], settings["method"]]
-                assert settings["lr"] not in own  # or two tables have it
-                own[settings["lr"]] = float(record["validation_loss"])
+    for record in csv_records(ROOT / "results" / "tuning.csv"):
+        settings = json.loads(record["settings"])
+        if record["train_on"] == "training":
+            own = trials[record["model"], settings["method"]]
+            assert settings["lr"] not in own  # or two tables have it
+            own[settings["lr"]] = float(record["validation_loss"])
     table = re.findall(r"\(methods/(\w+)\.py\) \|", (ROOT / "README.md").read_text())
     assert len(table) == 15 and {*table} <= {*methods.names()}
     assert trials.keys() == set(itertools.product(("bert", "t5"), table))
@@ -5036,6 +5041,13 @@ def test_the_pages_flags_and_tests_are_there():
         flags = set(re.findall(r"(?<![\w-])--(\w+)", page.read_text()))
         assert flags <= known, (page, flags - known)
     assert sum(name.startswith("test_contract_") for name in globals()) >= 8
+
+
+def test_the_pages_links_lead_somewhere():
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")):
+        links = re.findall(r"\]\(([^)#]+)|src=\"([^\"]+)", page.read_text())
+        for link in filter(None, itertools.chain(*links)):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
 
 
 def test_the_sources_are_python_3_10():

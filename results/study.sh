@@ -2,6 +2,7 @@
 # Every run of results/. From the project's folder, `sh results/study.sh` goes on where it was
 # stopped. It takes a day of two cores, two runs at a time, a thread each.
 set -e
+trap 'exit 130' INT TERM  # what runs beside is stopped at exit
 python=${PYTHON:-python}
 study() { $python study.py --at_once=2 --threads=1 "$@"; }
 adamw=stacking,layer_drop,selective_backprop,rho,token_rho,muon,wsd,lawa,length_warmup,mask_schedule
