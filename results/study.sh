@@ -27,7 +27,7 @@ tune t5 1250 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
 tune t5 1250 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
 tune t5 1250 stacking,muon,schedule_free 1.6e-1  # one more: theirs lay at the edge
 
-# The study: hours of one thread of the machine that the reference file names, which was made by
+# In hours of one thread of the machine that the reference file names, which was made by
 # python rst.py --threads=1 --repeats=100 --save=results/one-thread.json, the other core busy.
 seven=baseline,stacking,layer_drop,selective_backprop,rho,lion,sophia
 newer=muon,schedule_free,wsd,lawa,token_rho,length_warmup,mask_schedule,token_dropping
