@@ -45,6 +45,7 @@ run 5-rho --method=rho
 run 6-lion --method=lion
 run 6-muon --method=muon
 run 6-signum --method=lion --beta2=0.9
-run 7-stacking-muon --method=stacking+muon
+run 7-length-warmup --method=length_warmup
+run 7-stacking-length-warmup --method=stacking+length_warmup
 $python study.py --device=cpu --methods=baseline,stacking --seeds=0,1,2 --budgets=0.02,0.04
 $python study.py --device=cpu --methods=baseline --lrs=2e-3,8e-3 --seeds=0,1,2 --budgets=0.02
