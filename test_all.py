@@ -13,6 +13,7 @@ import glob
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import itertools
 import json
 import math
@@ -4915,6 +4916,42 @@ def test_the_plateau_is_watched(corpus_folder, tmp_path):
         assert 0.01 < float(row["before"]) < 0.1 and 0.01 < float(row["behind"]) < 0.1
     drawn = command("results/plateau.py", "draw", tmp_path / "a.svg", tmp_path / "some.csv")
     assert drawn.returncode == 0 and (tmp_path / "a.svg").read_text().count("<!-- some -->") == 3
+
+
+def test_t5s_plateau_is_watched(t5_folder, tmp_path):
+    flags = study_flags(t5_folder, "--budget_steps=2 --validations=1")
+    flags = [flag for flag in flags if not flag.startswith("--model")]
+    done = command("results/plateau.py", "sentinels", tmp_path / "some.csv", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = csv_records(tmp_path / "some.csv")
+    assert len(rows) == 4 * 4  # layers, heads
+    for row in rows:  # before the attention has learnt anything a share is one in 64 or so
+        assert 0.005 < float(row["sentinel"]) < 0.05
+    drawn = command("results/plateau.py", "draw", tmp_path / "a.svg", tmp_path / "some.csv")
+    assert drawn.returncode == 0 and (tmp_path / "a.svg").read_text().count("<!-- some -->") == 2
+
+
+def test_attention_to_the_sentinel_is_that_of_the_weights(t5_folder):
+    """A decoder whose queries and keys are the embeddings themselves attends to the token that it
+    has just read, which is the sentinel when it writes the first token of a span, and only then."""
+    specification = importlib.util.spec_from_file_location("plateau", ROOT / "results/plateau.py")
+    plateau = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(plateau)
+    model = models.build("t5", "tiny", 512)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if re.search("cross_attention.(query|key)", name):
+                parameter.copy_(torch.eye(128))
+            elif name.endswith("output.weight"):  # no layer adds anything
+                parameter.zero_()
+    corpus = Corpus(t5_folder, row_length=64, mask_share=0.3)
+    batch = next(corpus.validation_batches(8))
+    first = corpus.meta["first_sentinel"]
+    spans = (batch["labels"][0] > first - prepare.SENTINELS).sum().item()
+    first_tokens = spans / (batch["labels"].shape[1] - spans - 1)
+    shares = plateau.sentinel_shares(model, batch, first)
+    assert len(shares) == 4 * 4
+    assert [share for _, _, share in shares] == pytest.approx([first_tokens] * 16, abs=0.01)
 
 
 def test_report_reads_real_runs(finished_runs, capsys):

@@ -1,13 +1,15 @@
-"""When does BERT's attention find its neighbours?
+"""When does BERT's attention find its neighbours, and T5's the gap that it fills?
 
     python results/plateau.py learned FILE.csv --data=english --budget_steps=7000 --validations=28
     python results/plateau.py fixed FILE.csv ...
+    python results/plateau.py sentinels FILE.csv --budget_hours=0.3 --validations=26
     python results/plateau.py draw FIGURE.svg FILE.csv FILE.csv ...
 
-The first two train as train.py does, with its flags, and with the scale of BERT's positions
+The first two train BERT as train.py does, with its flags, and with the scale of the positions
 learned, as at size base, or fixed, as at tiny. The CSV has, of each validation, the loss, that
 scale and, for every head, the mean share of its attention that goes to the token before and to the
-one behind.
+one behind. The third trains T5. Its CSV has, for every head with which the decoder attends to what
+the encoder read, the mean share that goes to the sentinel of the span that it is writing.
 """
 
 import csv
@@ -26,8 +28,12 @@ import torch
 
 import model as models
 import report
+from data.corpus import SENTINELS
 
-COLUMNS = "update rows validation_loss position_scale embedding_std layer head before behind"
+COLUMNS = {
+    "bert": "update rows validation_loss position_scale embedding_std layer head before behind",
+    "t5": "update rows validation_loss layer head sentinel",
+}
 ROWS = 200  # of the validation set
 
 
@@ -48,44 +54,81 @@ def neighbour_shares(bert, batch):
     return found
 
 
-def watch(path, flags):
-    """Trains, and writes the CSV."""
+@torch.no_grad()
+def sentinel_shares(t5, batch, first_sentinel):
+    """[(layer, head, share to the sentinel of the span)]"""
+    weights = []  # a layer (B, H, P, T)
+
+    def keep(attention, inputs):
+        x, (keys, _), _ = inputs
+        (q,) = attention.heads(x, attention.query)
+        weights.append((q @ keys.transpose(-2, -1)).softmax(dim=-1))
+
+    hooks = [layer.decoder.cross_attention.register_forward_pre_hook(keep) for layer in t5.layers]
+    t5.logits(batch)
+    for hook in hooks:
+        hook.remove()
+    labels = batch["labels"]
+    is_sentinel = labels > first_sentinel - SENTINELS  # they number the spans, downwards
+    own = first_sentinel + 1 - is_sentinel.cumsum(dim=1)
+    at_own = batch["tokens"][:, None, :] == own[:, :, None]  # (B, P, T)
+    written = ~is_sentinel
+    written[:, -1] = False  # the end belongs to no span
+    shares = [(layer * at_own[:, None]).sum(dim=3).transpose(1, 2)[written] for layer in weights]
+    return [
+        (number, head, share)
+        for number, layer in enumerate(shares)
+        for head, share in enumerate(layer.mean(dim=0).tolist())
+    ]
+
+
+def watch(path, name, flags):
+    """Trains the model of that name, and writes the CSV."""
 
     rows = []
 
     class Watched(train.Training):
         def validate(self):
             super().validate()
-            batch = next(self.corpus.validation_batches(ROWS))
-            of_model = [self.model.position_scale.item(), self.model.embedding.std().item()]
-            counters = [self.clock.updates, self.counters.rows, self.counters.validation_loss]
-            for shares in neighbour_shares(self.model, batch):
-                rows.append([*counters, *of_model, *shares])
+            model, batch = self.model, next(self.corpus.validation_batches(ROWS))
+            found = [self.clock.updates, self.counters.rows, self.counters.validation_loss]
+            if name == "bert":
+                found += [model.position_scale.item(), model.embedding.std().item()]
+                shares = neighbour_shares(model, batch)
+            else:
+                shares = sentinel_shares(model, batch, self.corpus.meta["first_sentinel"])
+            rows.extend([*found, *share] for share in shares)
 
     train.Training = Watched
     # Not in runs/: whether the scale is learned is no flag, so this is no run like the others.
     with tempfile.TemporaryDirectory() as folder:
-        train.main([*flags, f"--out={folder}/run"])
+        train.main([f"--model={name}", *flags, f"--out={folder}/run"])
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS.split(), *rows])
+        csv.writer(file).writerows([COLUMNS[name].split(), *rows])
 
 
 def draw(figure_path, paths):
-    """Over the rows that were read: the loss, the scale of the positions, and the largest share of
-    a head's attention that goes to one neighbour."""
+    """Over the rows that were read: the loss, of BERT the scale of the positions, and the largest
+    share of a head's attention that goes to one neighbour, or to the sentinel."""
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"svg.hashsalt": "plateau", "font.size": report.FONT_SIZE}
-    figure, panels = pyplot.subplots(3, sharex=True, figsize=(6, 8))
-    for path, color in zip(map(Path, paths), itertools.cycle(report.COLORS)):
-        curves = {}
+    curves = {}  # of each file {rows: the values of the panels}
+    for path in map(Path, paths):
+        curve = curves[path.stem.replace("-", " ")] = {}
         for row in csv.DictReader(path.open()):
-            place, share = int(row["rows"]), max(float(row["before"]), float(row["behind"]))
-            largest = max(share, curves[place][2] if place in curves else 0)
-            curves[place] = float(row["validation_loss"]), float(row["position_scale"]), largest
-        for axes, values in zip(panels, zip(*curves.values())):
-            axes.plot(list(curves), values, color=color, label=path.stem.replace("-", " "))
-    labels = "validation loss (nats)", "scale of the positions", "attention to a neighbour"
+            row = {name: float(value) for name, value in row.items()}
+            share = max(row[name] for name in ("before", "behind", "sentinel") if name in row)
+            values = [row[name] for name in ("validation_loss", "position_scale") if name in row]
+            largest = max(share, curve.get(row["rows"], [0])[-1])
+            curve[row["rows"]] = [*values, largest]
+    labels = ["validation loss (nats)", "scale of the positions", "attention to a neighbour"]
+    if len(values) == 1:
+        labels = [labels[0], "attention to the sentinel"]
+    figure, panels = pyplot.subplots(len(labels), sharex=True, figsize=(6, 8 / 3 * len(labels)))
+    for (name, curve), color in zip(curves.items(), itertools.cycle(report.COLORS)):
+        for axes, values in zip(panels, zip(*curve.values())):
+            axes.plot(list(curve), values, color=color, label=name)
     for axes, label in zip(panels, labels):
         axes.set(ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -99,7 +142,9 @@ if __name__ == "__main__":
     task, path, *rest = sys.argv[1:]
     if task == "draw":
         draw(path, rest)
+    elif task == "sentinels":
+        watch(path, "t5", rest)
     else:
         learned = {"learned": True, "fixed": False}[task]
         models.SIZES["bert"]["tiny"]["learned_position_scale"] = learned
-        watch(path, rest)
+        watch(path, "bert", rest)
