@@ -4923,7 +4923,6 @@ def test_the_plateau_is_watched(corpus_folder, tmp_path):
 
 def test_t5s_plateau_is_watched(t5_folder, tmp_path):
     flags = study_flags(t5_folder, "--budget_steps=2 --validations=1")
-    flags = [flag for flag in flags if not flag.startswith("--model")]
     done = command("results/plateau.py", "sentinels", tmp_path / "some.csv", *flags)
     assert done.returncode == 0, done.stderr
     rows = csv_records(tmp_path / "some.csv")

@@ -100,7 +100,7 @@ def watch(path, name, flags):
             rows.extend([*found, *share] for share in shares)
 
     train.Training = Watched
-    # Not in runs/: whether the scale is learned is no flag, so this is no run like the others.
+    # Not in runs/: BERT's are no runs like the others, as whether the scale is learned is no flag.
     with tempfile.TemporaryDirectory() as folder:
         train.main([f"--model={name}", *flags, f"--out={folder}/run"])
     with open(path, "w", newline="") as file:
@@ -123,7 +123,7 @@ def draw(figure_path, paths):
             largest = max(share, curve.get(row["rows"], [0])[-1])
             curve[row["rows"]] = [*values, largest]
     labels = ["validation loss (nats)", "scale of the positions", "attention to a neighbour"]
-    if len(values) == 1:
+    if "sentinel" in row:
         labels = [labels[0], "attention to the sentinel"]
     figure, panels = pyplot.subplots(len(labels), sharex=True, figsize=(6, 8 / 3 * len(labels)))
     for (name, curve), color in zip(curves.items(), itertools.cycle(report.COLORS)):
