@@ -168,15 +168,16 @@ def transformers_bert(transformers, config, batch):
 
 def transformers_t5(transformers, config, batch):
     """The same of T5, whose layers have our shapes."""
-    shape = models.SIZES["t5"][config.size]
+    ours = models.build("t5", config.size, config.vocabulary)
+    shape = ours.config
     model = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=config.vocabulary,
-            d_model=shape["d_model"],
-            d_kv=models.T5Config.d_head,
-            d_ff=shape["d_ff"],
-            num_layers=shape["n_layers"],
-            num_heads=shape["n_heads"],
+            d_model=shape.d_model,
+            d_kv=shape.d_head,
+            d_ff=shape.d_ff,
+            num_layers=shape.n_layers,
+            num_heads=shape.n_heads,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
             tie_word_embeddings=False,
@@ -189,7 +190,6 @@ def transformers_t5(transformers, config, batch):
     def loss():
         return model(input_ids=batch["tokens"], labels=batch["labels"]).loss
 
-    ours = models.build("t5", config.size, config.vocabulary)
     lengths = batch["tokens"].shape[1], batch["labels"].shape[1]
     return model, loss, ours.training_flops_per_row(*lengths)
 

@@ -62,6 +62,10 @@ class T5Config:
     d_ff: int = 2048
     relative_buckets: int = 32
     relative_distance: int = 128  # beyond it all distances share the last bucket
+    # Initial standard deviations, of the tables of relative positions (None: d_model^-1/2) and of
+    # the output matrix.
+    position_std: float | None = None
+    head_std: float = 1.0
     dropout: float = 0.0
 
 
@@ -72,7 +76,9 @@ SIZES = {
         "base": dict(n_layers=16, d_model=768, n_heads=12, d_ff=1536),
     },
     "t5": {
-        "tiny": dict(n_layers=4, d_model=128, n_heads=4, d_head=32, d_ff=320),
+        "tiny": dict(
+            n_layers=4, d_model=64, n_heads=2, d_head=32, d_ff=160, position_std=4.0, head_std=0.125
+        ),
         "small": dict(n_layers=8, d_model=512, n_heads=8, d_ff=1024),
         "base": dict(n_layers=12, d_model=768, n_heads=12, d_ff=2048),
     },
@@ -462,7 +468,9 @@ class T5(LanguageModel):
     parameters.
 
     The table of relative positions belongs to its stack, once, so that dropping a layer leaves it
-    (the study's release has one in every layer).
+    (the study's release has one in every layer). At tiny it begins so wide that every head attends
+    to a few distances, and not to all tokens alike: otherwise T5 may stay a bag of words for all of
+    a short run.
 
     A batch may also hold `mask` (B, T) bool, True at the tokens that are no padding.
     """
@@ -483,16 +491,19 @@ class T5(LanguageModel):
 
     @torch.no_grad()
     def initialise(self):
-        """T5 v1.1's (Raffel et al. 2020): N(0, 1) for embedding and head; every other matrix by its
-        fan-in, the queries also by the head's width (in place of scaled products); norms 1."""
+        """T5 v1.1's (Raffel et al. 2020) unless `config` sets others: N(0, 1) for embedding and
+        head; every other matrix by its fan-in, the queries also by the head's width (in place of
+        scaled products); norms 1."""
         c = self.config
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
-            elif name in ("embedding", "head.weight"):
+            elif name == "embedding":
                 nn.init.normal_(parameter, std=1.0)
+            elif name == "head.weight":
+                nn.init.normal_(parameter, std=c.head_std)
             elif name.endswith("_positions"):
-                nn.init.normal_(parameter, std=c.d_model**-0.5)
+                nn.init.normal_(parameter, std=c.position_std or c.d_model**-0.5)
             elif name.endswith("query.weight"):
                 nn.init.normal_(parameter, std=(c.d_model * c.d_head) ** -0.5)
             else:

@@ -2,14 +2,16 @@
 
     python results/plateau.py learned FILE.csv --data=english --budget_steps=7000 --validations=28
     python results/plateau.py fixed FILE.csv ...
-    python results/plateau.py sentinels FILE.csv --budget_hours=0.3 --validations=26
+    python results/plateau.py published FILE.csv --budget_hours=0.1 --validations=26
+    python results/plateau.py wide FILE.csv ...
     python results/plateau.py draw FIGURE.svg FILE.csv FILE.csv ...
 
 The first two train BERT as train.py does, with its flags, and with the scale of the positions
 learned, as at size base, or fixed, as at tiny. The CSV has, of each validation, the loss, that
 scale and, for every head, the mean share of its attention that goes to the token before and to the
-one behind. The third trains T5. Its CSV has, for every head with which the decoder attends to what
-the encoder read, the mean share that goes to the sentinel of the span that it is writing.
+one behind. The next two train T5, with the published initial values, as at base, or with tiny's.
+Their CSV has, for every head with which the decoder attends to what the encoder read, the mean
+share that goes to the sentinel of the span that it is writing.
 """
 
 import csv
@@ -35,6 +37,13 @@ COLUMNS = {
     "t5": "update rows validation_loss layer head sentinel",
 }
 ROWS = 200  # of the validation set
+# Each task's model and what it changes of tiny.
+TASKS = {
+    "learned": ("bert", dict(learned_position_scale=True)),
+    "fixed": ("bert", dict(learned_position_scale=False)),
+    "published": ("t5", dict(position_std=None, head_std=1.0)),
+    "wide": ("t5", {}),
+}
 
 
 @torch.no_grad()
@@ -100,7 +109,7 @@ def watch(path, name, flags):
             rows.extend([*found, *share] for share in shares)
 
     train.Training = Watched
-    # Not in runs/: BERT's are no runs like the others, as whether the scale is learned is no flag.
+    # Not in runs/: they are no runs like the others, because what a task changes is no flag.
     with tempfile.TemporaryDirectory() as folder:
         train.main([f"--model={name}", *flags, f"--out={folder}/run"])
     with open(path, "w", newline="") as file:
@@ -142,9 +151,7 @@ if __name__ == "__main__":
     task, path, *rest = sys.argv[1:]
     if task == "draw":
         draw(path, rest)
-    elif task == "sentinels":
-        watch(path, "t5", rest)
     else:
-        learned = {"learned": True, "fixed": False}[task]
-        models.SIZES["bert"]["tiny"]["learned_position_scale"] = learned
-        watch(path, "bert", rest)
+        name, changes = TASKS[task]
+        models.SIZES[name]["tiny"] |= changes
+        watch(path, name, rest)
