@@ -10,8 +10,9 @@ The first two train BERT as train.py does, with its flags, and with the scale of
 learned, as at size base, or fixed, as at tiny. The CSV has, of each validation, the loss, that
 scale and, for every head, the mean share of its attention that goes to the token before and to the
 one behind. The next two train T5, with the published initial values, as at base, or with tiny's.
-Their CSV has, for every head with which the decoder attends to what the encoder read, the mean
-share that goes to the sentinel of the span that it is writing.
+Their CSV has the standard deviation of the encoder's table of relative positions and, for every
+head with which the decoder attends to what the encoder read, the mean share that goes to the
+sentinel of the span that it is writing.
 """
 
 import csv
@@ -34,7 +35,7 @@ from data.corpus import SENTINELS
 
 COLUMNS = {
     "bert": "update rows validation_loss position_scale embedding_std layer head before behind",
-    "t5": "update rows validation_loss layer head sentinel",
+    "t5": "update rows validation_loss position_std layer head sentinel",
 }
 ROWS = 200  # of the validation set
 # Each task's model and what it changes of tiny.
@@ -105,6 +106,7 @@ def watch(path, name, flags):
                 found += [model.position_scale.item(), model.embedding.std().item()]
                 shares = neighbour_shares(model, batch)
             else:
+                found += [model.encoder_positions.std().item()]
                 shares = sentinel_shares(model, batch, self.corpus.meta["first_sentinel"])
             rows.extend([*found, *share] for share in shares)
 
@@ -117,8 +119,8 @@ def watch(path, name, flags):
 
 
 def draw(figure_path, paths):
-    """Over the rows that were read: the loss, of BERT the scale of the positions, and the largest
-    share of a head's attention that goes to one neighbour, or to the sentinel."""
+    """Over the rows that were read: the loss, how large the positions are, and the largest share of
+    a head's attention that goes to one neighbour, or to the sentinel."""
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"svg.hashsalt": "plateau", "font.size": report.FONT_SIZE}
@@ -128,13 +130,14 @@ def draw(figure_path, paths):
         for row in csv.DictReader(path.open()):
             row = {name: float(value) for name, value in row.items()}
             share = max(row[name] for name in ("before", "behind", "sentinel") if name in row)
-            values = [row[name] for name in ("validation_loss", "position_scale") if name in row]
+            size = row["position_scale" if "position_scale" in row else "position_std"]
             largest = max(share, curve.get(row["rows"], [0])[-1])
-            curve[row["rows"]] = [*values, largest]
-    labels = ["validation loss (nats)", "scale of the positions", "attention to a neighbour"]
+            curve[row["rows"]] = row["validation_loss"], size, largest
+    labels = ["scale of the positions", "attention to a neighbour"]
     if "sentinel" in row:
-        labels = [labels[0], "attention to the sentinel"]
-    figure, panels = pyplot.subplots(len(labels), sharex=True, figsize=(6, 8 / 3 * len(labels)))
+        labels = ["deviation of the position table", "attention to the sentinel"]
+    labels.insert(0, "validation loss (nats)")
+    figure, panels = pyplot.subplots(3, sharex=True, figsize=(6, 8))
     for (name, curve), color in zip(curves.items(), itertools.cycle(report.COLORS)):
         for axes, values in zip(panels, zip(*curve.values())):
             axes.plot(list(curve), values, color=color, label=name)

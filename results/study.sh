@@ -21,11 +21,10 @@ tune bert 2500 $adamw $rates
 tune bert 2500 lion 1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3
 tune bert 2500 sophia 2.5e-4,5e-4,1e-3,2e-3,4e-3
 rates=5e-3,1e-2,2e-2,4e-2,8e-2
-tune t5 1250 baseline $rates
-tune t5 1250 $adamw $rates
-tune t5 1250 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
-tune t5 1250 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
-tune t5 1250 stacking,muon,schedule_free 1.6e-1  # one more: theirs lay at the edge
+tune t5 2500 baseline $rates
+tune t5 2500 $adamw $rates
+tune t5 2500 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
+tune t5 2500 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
 
 # In hours of one thread of the machine that the reference file names, which was made by
 # python rst.py --threads=1 --repeats=100 --save=results/one-thread.json, the other core busy.
