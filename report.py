@@ -6,7 +6,7 @@
 
 A table has the runs that may be compared: of one model and size, on the same rows and tokens, under
 one budget of one reference. In it a row is a method with one set of hyper-parameters, and its runs
-are seeds. A difference to the baseline is the mean over the pairs of runs of the same seed; with
+are seeds. A difference from the baseline is the mean over the pairs of runs of the same seed; with
 fewer than two of them, where both have two seeds or more, it is that of the means (Welch). Its
 change is from a method's shortest budget to its longest, over the same seeds. A 95% interval is
 Student's, for so few runs. (Below zero is better; the ± of a loss is the standard deviation over
@@ -535,7 +535,7 @@ def formatted(value, form):
 def markdown(records):
     """The table of one group for people."""
     lines = [
-        "| method | n | validation loss | difference to the baseline, 95% | speed-up, 95% | "
+        "| method | n | validation loss | difference from the baseline, 95% | speed-up, 95% | "
         "updates | rows | charged h | free h | wall h | stalled s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -587,7 +587,7 @@ def comparisons(table):
 
 def changes(tables):
     """Does a gain shrink as the budget grows? For the tables of one family, by budget: Markdown of
-    how each method's difference to one baseline, by seed, changes from its shortest budget to its
+    how each method's difference from one baseline, by seed, changes from its shortest budget to its
     longest. "" without a method that has two budgets."""
     gaps = collections.defaultdict(list)  # {labels: [(budget, {seed: difference})]}
     for table in tables:

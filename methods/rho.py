@@ -4,7 +4,7 @@ Paper: Mindermann et al. 2022, "Prioritized Training on Points that are Learnabl
 and Not Yet Learnt" (ICML).
 Idea: A second model, trained on other data (the holdout), knows how hard a row is for whoever has
 learnt the language: its irreducible loss. The training model's loss in excess of that is what the
-row can still teach. Of a mega-batch of candidates the rows with the largest difference are trained
+row can still teach. The rows of a mega-batch of candidates with the largest difference are trained
 on.
 
     candidates: the next mega_batch_factor x batch rows of the stream

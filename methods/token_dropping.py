@@ -6,8 +6,8 @@ Idea: Frequent tokens are soon learnt. Half of a row's tokens skip the middle la
 at the last one, except in the last tenth of the budget.
 
     BERT, L layers: 0 ... L/2 - 2 read all tokens; in L/2 - 1 the kept ones attend to all;
-        L/2 ... L - 2 read the kept ones alone; L - 1 all. Kept are a row's K most important, and
-        [UNK], [CLS], [SEP], [MASK] before all others:
+        L/2 ... L - 2 read the kept ones alone; L - 1 all. A row keeps its K most important, and
+        before all others [UNK], [CLS], [SEP], [MASK]:
         importance[id] <- 0.995 importance[id] + 0.005 (mean loss of an update, id the label)
     T5: each encoder layer but the first and last draws K columns; the others pass it by.
 

@@ -11,7 +11,7 @@ Cost: one more forward pass, of the reference model: about 1 + 1/3 of an update.
 (--free_extra_passes leaves it out), and training the reference model is not, as with RHO-loss.
 Finding: not in the study. The paper: with a *curated* reference corpus, few-shot maths up to 30
 points better after continued pre-training, general tasks by 6.8%. Our reference is the baseline
-on the holdout, so expect less. Of BERT or T5 nothing is known.
+on the holdout, so expect less. Nothing is known for BERT or T5.
 Where we differ: tokens are ranked in their row, not in the batch, so that neither the micro-batch
 nor the number of processes matters. The log's loss is that of the chosen tokens. With mask_schedule
 or length_warmup the reference reads rows of a kind that it was not trained on.

@@ -12,7 +12,7 @@ depends on it. So one plateau serves runs of many budgets.
 Cost: 1.
 Finding: not in the study. Both papers: as good as a cosine that was tuned for the run's length. Its
 gain, one plateau for many runs, does not count at a fixed budget. On the plateau validation losses
-look worse than a decayed run's: compare ends. MiniCPM: a cool-down of 10% is enough, 2.5% is not.
+look worse than a decayed run's: compare final ones. MiniCPM: a 10% cool-down is enough, 2.5% not.
 Where we differ: w is a share of the budget. The mean rate is 0.84 of the peak (the BERT baseline's:
 0.5), so the best peak is likely to be lower: try 0.5, 0.7 and 1 times the baseline's.
 """
