@@ -133,10 +133,9 @@ def draw(figure_path, paths):
             size = row["position_scale" if "position_scale" in row else "position_std"]
             largest = max(share, curve.get(row["rows"], [0])[-1])
             curve[row["rows"]] = row["validation_loss"], size, largest
-    labels = ["scale of the positions", "attention to a neighbour"]
+    labels = ["validation loss (nats)", "scale of the positions", "attention to a neighbour"]
     if "sentinel" in row:
-        labels = ["deviation of the position table", "attention to the sentinel"]
-    labels.insert(0, "validation loss (nats)")
+        labels[1:] = ["deviation of positions", "attention to the sentinel"]
     figure, panels = pyplot.subplots(3, sharex=True, figsize=(6, 8))
     for (name, curve), color in zip(curves.items(), itertools.cycle(report.COLORS)):
         for axes, values in zip(panels, zip(*curve.values())):
@@ -146,6 +145,7 @@ def draw(figure_path, paths):
         axes.spines[["top", "right"]].set_visible(False)
         report.name_lines(axes)
     panels[-1].set(xlabel="rows trained on")
+    panels[-1].locator_params(axis="x", nbins=5)
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(figure_path, bbox_inches="tight", metadata={"Date": None})
 
