@@ -503,7 +503,9 @@ class T5(LanguageModel):
             elif name == "head.weight":
                 nn.init.normal_(parameter, std=c.head_std)
             elif name.endswith("_positions"):
-                nn.init.normal_(parameter, std=c.position_std or c.d_model**-0.5)
+                published = c.d_model**-0.5
+                std = published if c.position_std is None else c.position_std
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("query.weight"):
                 nn.init.normal_(parameter, std=(c.d_model * c.d_head) ** -0.5)
             else:
