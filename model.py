@@ -51,8 +51,8 @@ class BERTConfig:
 
 @dataclass(frozen=True)
 class T5Config:
-    """The shape of a T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for its feed-forward layer), at
-    base."""
+    """The shape and initial values of a T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for its
+    feed-forward layer), at base."""
 
     vocabulary_size: int = 32128
     n_layers: int = 12  # in each of the two stacks
@@ -492,8 +492,8 @@ class T5(LanguageModel):
     @torch.no_grad()
     def initialise(self):
         """T5 v1.1's (Raffel et al. 2020) unless `config` sets others: N(0, 1) for embedding and
-        head; every other matrix by its fan-in, the queries also by the head's width (in place of
-        scaled products); norms 1."""
+        head; d_model^-1/2 for the tables of relative positions; every other matrix by its fan-in,
+        the queries also by the head's width (in place of scaled products); norms 1."""
         c = self.config
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -503,8 +503,7 @@ class T5(LanguageModel):
             elif name == "head.weight":
                 nn.init.normal_(parameter, std=c.head_std)
             elif name.endswith("_positions"):
-                published = c.d_model**-0.5
-                std = published if c.position_std is None else c.position_std
+                std = c.d_model**-0.5 if c.position_std is None else c.position_std
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("query.weight"):
                 nn.init.normal_(parameter, std=(c.d_model * c.d_head) ** -0.5)

@@ -1066,6 +1066,10 @@ def test_t5_base_has_the_published_parameters_and_initial_values():
             std, mean = parameter.std().item(), parameter.mean().item()
             assert std == pytest.approx(deviation, rel=0.15 if few else 0.01), name
             assert abs(mean) < (0.2 if few else 0.01) * deviation, name
+
+
+def test_t5_tinys_position_tables_begin_wide_and_its_head_small():
+    torch.manual_seed(0)
     tiny = models.build("t5", "tiny", 1024)
     assert tiny.head.weight.std().item() == pytest.approx(0.125, rel=0.01)
     for table in (tiny.encoder_positions, tiny.decoder_positions):  # 64 numbers
@@ -4947,7 +4951,7 @@ def test_attention_to_the_sentinel_is_that_of_the_weights(t5_folder):
                 parameter.copy_(torch.eye(64))
             elif name.endswith("output.weight"):  # no layer adds anything
                 parameter.zero_()
-        # In each head a sentinel has a direction of its own, and all other tokens share one.
+        # In each head the first 31 sentinels have a direction each, and all other tokens share one.
         directions = torch.eye(32).repeat(1, 2)
         model.embedding.copy_(directions[-1].expand(512, -1))
         model.embedding[first - 30 : first + 1] = directions[:31]

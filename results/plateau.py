@@ -38,11 +38,12 @@ COLUMNS = {
     "t5": "update rows validation_loss position_std layer head sentinel",
 }
 ROWS = 200  # of the validation set
+PUBLISHED = {name: getattr(models.T5Config, name) for name in ("position_std", "head_std")}
 # Each task's model and what it changes of tiny.
 TASKS = {
     "learned": ("bert", dict(learned_position_scale=True)),
     "fixed": ("bert", {}),
-    "published": ("t5", dict(position_std=None, head_std=1.0)),
+    "published": ("t5", PUBLISHED),
     "wide": ("t5", {}),
 }
 
@@ -111,7 +112,7 @@ def watch(path, name, flags):
             rows.extend([*found, *share] for share in shares)
 
     train.Training = Watched
-    # Not in runs/: they are no runs like the others, because what a task changes is no flag.
+    # Not in runs/: they are no runs like the others, because what a task may change is no flag.
     with tempfile.TemporaryDirectory() as folder:
         train.main([f"--model={name}", *flags, f"--out={folder}/run"])
     with open(path, "w", newline="") as file:

@@ -12,19 +12,19 @@ adamw=$adamw,token_dropping,schedule_free
 # defaults of size tiny: python report.py runs/*steps* --csv=results/tuning.csv
 # A run that diverges fails (status 2), and the others go on.
 tune() {
-    study --data=pydocs --seeds=0 --budgets= --models=$1 --budget_steps=$2 --methods=$3 --lrs=$4 ||
+    study --data=pydocs --seeds=0 --budgets= --models=$1 --budget_steps=2500 --methods=$2 --lrs=$3 ||
         [ $? -eq 2 ]
 }
 rates=1e-3,2e-3,4e-3,8e-3,1.6e-2
-tune bert 2500 baseline $rates
-tune bert 2500 $adamw $rates
-tune bert 2500 lion 1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3
-tune bert 2500 sophia 2.5e-4,5e-4,1e-3,2e-3,4e-3
+tune bert baseline $rates
+tune bert $adamw $rates
+tune bert lion 1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3
+tune bert sophia 2.5e-4,5e-4,1e-3,2e-3,4e-3
 rates=5e-3,1e-2,2e-2,4e-2,8e-2
-tune t5 2500 baseline $rates
-tune t5 2500 $adamw $rates
-tune t5 2500 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
-tune t5 2500 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
+tune t5 baseline $rates
+tune t5 $adamw $rates
+tune t5 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
+tune t5 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
 
 # In hours of one thread of the machine that the reference file names, which was made by
 # python rst.py --threads=1 --repeats=100 --save=results/one-thread.json, the other core busy.
