@@ -41,7 +41,7 @@ class Lion(Method):
         },
         "t5": {
             "base": dict(lr=7.5e-4, weight_decay=0.0, beta1=0.9, beta2=0.99, eps=0.0),
-            "tiny": dict(lr=6e-3),
+            "tiny": dict(lr=3e-3),
         },
     }
 
