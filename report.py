@@ -275,11 +275,15 @@ def difference(ours, baseline, confidence=0.95):
 
 @dataclass
 class Row:
-    """One experiment: a method with its settings, in one table; `runs` are its finished ones."""
+    """One experiment: a method with its settings, in one table."""
 
     label: str  # the method, and the settings that tell it from its other rows
     settings: dict
-    runs: list
+    started: list  # its runs, finished or not; `runs` are those that are
+
+    @property
+    def runs(self):
+        return [run for run in self.started if run.result]
 
     def losses(self):
         """{seed: final validation loss}; of a seed that ran twice the mean."""
@@ -374,7 +378,7 @@ def tables_of(runs):
         labels = labels_of(members)
         for budget, of_budget in grouped(members, lambda run: run.budget).items():
             rows = [
-                Row(labels[text], json.loads(text), [run for run in own if run.result])
+                Row(labels[text], json.loads(text), own)
                 for text, own in grouped(of_budget, lambda run: as_key(run.settings)).items()
             ]
             rows.sort(key=lambda row: (row.mean_loss() or math.inf, row.label))
@@ -469,9 +473,9 @@ def record_of(row, table, points, titles):
         "settings": json.dumps(row.settings),
     }
     record |= dict(zip(BUDGET, table.budget))
+    record |= {name: row.started[0].config[name] for name in ("model", "size", "data", "train_on")}
     if not losses:
         return record
-    record |= {name: row.runs[0].config[name] for name in ("model", "size", "data", "train_on")}
     record["validation_loss"] = row.mean_loss()
     record["standard_deviation"] = deviation(losses.values())
     if table.baseline and row is not table.baseline:
