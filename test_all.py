@@ -4555,6 +4555,7 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys, refuses):
     records = list(csv.DictReader(open(table)))
     (lion,) = [r for r in records if r["method"] == "lion"]
     assert len(records) == 16 and (lion["n"], lion["difference"]) == ("0", "")
+    assert (lion["model"], lion["data"]) == ("bert", "text")  # though none has finished
     of_an_hour = ("stacking", "1.0", "3")
     (r,) = [r for r in records if (r["method"], r["budget_hours"], r["n"]) == of_an_hour]
     numbers = float(r["difference"]), float(r["glue rte accuracy last"])
