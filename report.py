@@ -279,10 +279,11 @@ class Row:
 
     label: str  # the method, and the settings that tell it from its other rows
     settings: dict
-    started: list  # its runs, finished or not; `runs` are those that are
+    started: list  # its runs, finished or not
 
     @property
     def runs(self):
+        """Those that are finished."""
         return [run for run in self.started if run.result]
 
     def losses(self):

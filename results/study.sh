@@ -25,7 +25,7 @@ tune t5 baseline $rates
 tune t5 $adamw $rates
 tune t5 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
 tune t5 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
-tune t5 schedule_free 0.16  # one more: its best was its highest
+tune t5 schedule_free 0.16  # one more: its best rate was the highest tried
 
 # In hours of one thread of the machine that the reference file names, which was made by
 # python rst.py --threads=1 --repeats=100 --save=results/one-thread.json, the other core busy.
