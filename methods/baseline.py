@@ -80,7 +80,7 @@ class Method:
             "base": dict(batch=144, lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.0,
                          clip=1.0, schedule="cosine", rms_scaling=True),
             "small": dict(batch=16),
-            "tiny": dict(batch=16, lr=4e-2),
+            "tiny": dict(batch=16),
         },
     }
     # fmt: on
