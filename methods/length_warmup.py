@@ -35,7 +35,6 @@ class LengthWarmup(Method):
             0.3, "share of the budget until rows are full", maximum=1.0, minimum=0.0
         ),
     }
-    defaults = {"t5": {"tiny": dict(lr=2e-2)}}
     turned_off = {model: dict(shortest=1.0) for model in ("bert", "t5")}
 
     def row_length(self):

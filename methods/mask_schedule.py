@@ -35,7 +35,7 @@ class MaskSchedule(Method):
     }
     defaults = {
         "bert": {"tiny": dict(first_multiple=1.5)},
-        "t5": {"base": dict(steps=4), "tiny": dict(first_multiple=1.5, lr=2e-2)},
+        "t5": {"base": dict(steps=4), "tiny": dict(first_multiple=1.5)},
     }
     turned_off = {model: dict(first_multiple=1.0) for model in ("bert", "t5")}
 

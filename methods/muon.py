@@ -86,6 +86,7 @@ class Muon(Method):
         "matrices": Option("all", "which matrices of the layers Muon updates", CHOICES),
         "momentum": Option(0.95, "mu, the momentum's decay", minimum=0.0, maximum=1.0),
     }
+    defaults = {"t5": {"tiny": dict(lr=4e-2)}}
     turned_off = {model: dict(matrices="none") for model in ("bert", "t5")}
 
     def optimizer(self):

@@ -38,6 +38,7 @@ class Stacking(Method):
         ),
         "optimizer_state": Option("keep", "what growth does to it", ("keep", "reset", "copy")),
     }
+    defaults = {"t5": {"tiny": dict(lr=4e-2)}}
     turned_off = {model: dict(growth_times="") for model in ("bert", "t5")}
 
     def __init__(self, *arguments):

@@ -31,7 +31,7 @@ class WSD(Method):
         ),
         "shape": Option("sqrt", "of the cool-down: 1 - sqrt, or linear", ("sqrt", "linear")),
     }
-    defaults = {"bert": {"tiny": dict(lr=2e-3)}, "t5": {"tiny": dict(lr=2e-2)}}
+    defaults = {"bert": {"tiny": dict(lr=2e-3)}}
     # T5's cosine, which starts at half the peak, is out of reach.
     turned_off = {"bert": dict(warm_up=0.5, cool_down=0.5, shape="linear")}
 
