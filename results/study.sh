@@ -9,7 +9,7 @@ adamw=stacking,layer_drop,selective_backprop,rho,token_rho,muon,wsd,lawa,length_
 adamw=$adamw,token_dropping,schedule_free
 
 # Tuning: five rates of every method, each twice the one before, one seed; T5's best and half of it
-# again, for twice as many updates. The best ones are the defaults of size tiny:
+# again, for more updates, and two of BERT's. The best ones are the defaults of size tiny:
 # python report.py runs/*steps* --csv=results/tuning.csv
 # A run that diverges fails (status 2), and the others go on.
 updates=2500
@@ -29,13 +29,14 @@ tune t5 lion 7.5e-4,1.5e-3,3e-3,6e-3,1.2e-2
 tune t5 sophia 1.25e-3,2.5e-3,5e-3,1e-2,2e-2
 tune t5 schedule_free 0.16  # one more: its best rate was the highest tried
 updates=5000
-halved=wsd,length_warmup,mask_schedule  # the others' best was 4e-2
 tune t5 baseline 2e-2,4e-2
 tune t5 stacking,layer_drop,selective_backprop,rho,token_rho,muon,lawa,token_dropping 2e-2,4e-2
-tune t5 $halved 1e-2,2e-2
+tune t5 wsd,length_warmup,mask_schedule 1e-2,2e-2
 tune t5 schedule_free 4e-2,8e-2
 tune t5 lion 1.5e-3,3e-3
 tune t5 sophia 2.5e-3,5e-3
+updates=10000
+tune bert baseline,stacking 2e-3,4e-3
 
 # In hours of one thread of the machine that the reference file names, which was made by
 # python rst.py --threads=1 --repeats=100 --save=results/one-thread.json, the other core busy.
