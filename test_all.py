@@ -4890,12 +4890,14 @@ def test_tinys_rates_are_the_best_of_their_trials():
     halves of them had longer trials, and two of BERT's. The best is the default, and the page has
     them all."""
     page = (ROOT / "results" / "README.md").read_text()
+    longer_updates = {"bert": 10_000, "t5": 5_000}
     trials, longer_trials = collections.defaultdict(dict), collections.defaultdict(dict)
     for record in csv_records(ROOT / "results" / "tuning.csv"):
         settings = json.loads(record["settings"])
         if record["train_on"] == "training":
-            stage = trials if record["budget_steps"] == "2500" else longer_trials
-            own = stage[record["model"], settings["method"]]
+            model, updates = record["model"], int(record["budget_steps"])
+            stage = {2500: trials, longer_updates[model]: longer_trials}[updates]
+            own = stage[model, settings["method"]]
             assert settings["lr"] not in own  # or two tables have it
             own[settings["lr"]] = float(record["validation_loss"] or "inf")
     table = re.findall(r"\(methods/(\w+)\.py\) \|", (ROOT / "README.md").read_text())
@@ -4917,8 +4919,8 @@ def test_tinys_rates_are_the_best_of_their_trials():
         assert f"| {model} | {method} | {cells(losses)} |" in page
         if longer := longer_trials.get((model, method)):
             assert longer.keys() == {best, best / 2}, (model, method)
-            updates = {"bert": "10,000", "t5": "5,000"}[model]
-            assert f"| {model} | {method} | {updates} | {cells(longer)} |" in page
+            updates = longer_updates[model]
+            assert f"| {model} | {method} | {updates:,} | {cells(longer)} |" in page
             best = min(longer, key=longer.get)
         assert methods.find(method).defaults(model, "tiny")["lr"] == best, (model, method)
 
