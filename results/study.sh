@@ -52,6 +52,7 @@ hours pydocs bert 0,1,2 0.1 stacking+length_warmup,stacking+mask_schedule  # of 
 hours pydocs bert 0,1,2 0.033 $seven
 hours pydocs bert 0,1,2 0.058,0.17 baseline,stacking,layer_drop  # between, of those that lead first
 hours pydocs t5 0,1,2 0.1 $seven,$newer
+hours pydocs t5 0,1,2 0.1 baseline --lrs=4e-2  # the best of the shorter trials
 hours english bert 0,1,2 0.1 $seven
 hours pydocs bert 0,1,2 0.3 $seven
 hours pydocs t5 0,1,2 0.3 $seven
