@@ -57,7 +57,7 @@ hours english bert 0,1,2 0.1 $seven
 hours pydocs bert 0,1,2 0.3 $seven
 hours pydocs t5 0,1,2 0.3 $seven
 hours pydocs bert 0,1,2 0.011 baseline  # more budgets, to read speed-ups off
-hours pydocs t5 0,1,2 0.033,0.058,0.17 baseline
+hours pydocs t5 0,1,2 0.033,0.058,0.17,0.5 baseline
 
 # Downstream: the baseline, the best and the worst of the others at 0.3 h, and untrained, on SST-2,
 # from the folder $GLUE or downloaded. The recipe was chosen before a score was seen.
