@@ -540,7 +540,7 @@ def formatted(value, form):
 def markdown(records):
     """The table of one group for people."""
     lines = [
-        "| method | n | validation loss | difference from the baseline, 95% | speed-up, 95% | "
+        "| method | n | validation loss ± SD | difference from the baseline, 95% | speed-up, 95% | "
         "updates | rows | charged h | free h | wall h | stalled s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -585,7 +585,7 @@ def comparisons(table):
         return ""
     together = exceeding(1 - 0.05 / count)
     return (
-        f"comparisons: {count}; beyond its own interval: {exceeding(0.95)}; beyond intervals that "
+        f"comparisons: {count}; 95% intervals that exclude zero: {exceeding(0.95)}; of those that "
         f"hold together (Bonferroni): {together}"
     )
 
@@ -877,6 +877,8 @@ def print_table(table, records, titles, points):
     if any(record["speed_up"] is not None for record in records):
         losses = ", ".join(f"{loss:.4f} after {hours:g} h" for hours, loss in points)
         print(f"speed-ups are read off the baseline's mean losses, taken as exact: {losses}")
+    elif table.budget[0] and any(record["difference"] is not None for record in records):
+        print("speed-ups: none, as they need the baseline at another budget, too")
     if compared := comparisons(table):
         print(compared)
     if floor := noise_floor(table):
@@ -897,7 +899,8 @@ def print_table(table, records, titles, points):
             hours = statistics.mean(seconds) / 3600
             print(f"{row.label}: its {name} cost {hours:.3g} h more, uncharged")
     finished = [run.result for row in table.rows for run in row.runs]
-    for title, key in (("commits", "commit"), ("devices", "device"), ("processes", "processes")):
+    described = ("commits", "commit"), ("devices", "device"), ("threads of the CPU", "threads")
+    for title, key in (*described, ("processes", "processes")):
         values = sorted({str(result.get(key) or MISSING) for result in finished})
         print(f"{title}: {', '.join(values) or MISSING}")
     for row in table.rows if table.baseline and table.budget[0] else ():

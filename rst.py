@@ -404,7 +404,7 @@ def peak_memory_bytes(device):
 FLAGS = {
     "save": Option(None, "a file: write this machine's probe times as a reference", kind=str),
     "reference": Option(None, "a file of --save: print its factor, too", kind=str),
-    "repeats": Option(10, "how often each probe is timed", minimum=1),
+    "repeats": Option(30, "how often each probe is timed", minimum=1),
     "threads": THREADS,
     "device": Option("cuda" if torch.cuda.is_available() else "cpu", "what is timed"),
 }

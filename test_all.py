@@ -2663,10 +2663,15 @@ def test_the_pages_methods_are_complete(
         assert [record.get(name) for record in one] == [record.get(name) for record in two]
 
 
-def test_the_courses_program_finds_where_the_model_grows(contract, capsys):
-    program = program_of("docs/course.md", "FOLDER")
+def test_the_courses_programs_find_where_the_model_grows_and_what_the_factor_was(contract, capsys):
+    program = program_of("docs/course.md", "FOLDER/log.jsonl")
     exec(program.replace("FOLDER", str(contract("stacking", "bert"))), {})
     assert re.findall(r"^(\d) layers: \d.* -> \d", capsys.readouterr().out, re.M) == ["2", "4"]
+    program = program_of("docs/course.md", "FOLDER/result.json")
+    exec(program.replace("FOLDER", str(ROOT / "results" / "reference_time" / "3-others")), {})
+    factors = kept("reference_time/3-others")["factor_history"]
+    printed = re.findall(r"^ *\d+ s: (\d\.\d\d)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(factors) > 10 and printed == [f"{factor:.2f}" for _, factor in factors]
 
 
 def test_a_schedule_of_the_course_equals_the_flags_that_it_names(corpus_folder, method_files):
@@ -4427,8 +4432,10 @@ def test_report_counts_its_comparisons(tmp_path, capsys):
         for method, gap in (("baseline", 0.0), ("lion", one), ("muon", other)):
             write_run(tmp_path / f"{method}{seed}", [3 + 0.1 * seed - gap], method, seed)
     report.main([str(tmp_path)])
-    expected = "comparisons: 2; beyond its own interval: lion, muon; beyond intervals that hold "
-    assert f"{expected}together (Bonferroni): muon\n" in capsys.readouterr().out
+    expected = "comparisons: 2; 95% intervals that exclude zero: lion, muon; of those that hold "
+    output = capsys.readouterr().out
+    assert f"{expected}together (Bonferroni): muon\n" in output
+    assert "\nspeed-ups: none, as they need the baseline at another budget, too\n" in output
 
 
 def test_report_says_whether_a_gain_shrinks(tmp_path, capsys):
@@ -4531,10 +4538,11 @@ def test_report_compares_only_what_can_be_compared(tmp_path, capsys, refuses):
         "| baseline lr=0.5 | 1 | 9.0000 ± – | +6.0000 ± – (paired, 1) |",
         "| lion | 0 | – | – | – |",
         "| 100 | 800 | 1 | 0.01 | 2 | 2.5 |",
-        "\ncomparisons: 1; beyond its own interval: none; beyond intervals",
+        "\ncomparisons: 1; 95% intervals that exclude zero: none; of those that hold together",
         "\nspeed-ups are read off the baseline's mean losses, taken as exact: 3.0000 after 1 h",
         "\nstacking compile=True: compile True, growth_times 0.125,0.3, optimizer_state keep\n",
         "commits: abc",
+        "\nthreads of the CPU: 2\n",
         "\nbaseline: batch 32, beta1 ",
         "| method | glue rte accuracy |",
         "| baseline | 61.0 ± 14.1 (2 pre-trainings), best 71.0 ± 14.1 (2 pre-trainings) |",
@@ -4866,6 +4874,30 @@ def test_the_pages_of_reference_time_show_the_runs_that_are_kept():
         row = f"| {name} | {factor:.2f} | {result['wall_seconds'] / 60:.1f} | "
         row += f"{result['updates']:,} | {result['validation_loss']:.4f} |"
         assert row in page, row
+
+
+def test_the_courses_figures_are_those_of_the_runs_that_are_kept(capsys):
+    """Its table has a row a run, and of step 8 the report's; what a step should show is there."""
+    page = (ROOT / "docs" / "course.md").read_text()
+    folder, known = ROOT / "results" / "course", set()
+    rows = re.findall(r"^\| (\d-[a-z-]+) \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    expected = []
+    for path in sorted(folder.glob("[1-7]-*")):
+        result = kept(f"course/{path.name}")
+        log = [json.loads(line) for line in open(path / "log.jsonl")]
+        losses = [f"{record['validation_loss']:.2f}" for record in log]
+        expected.append((path.name, f"{result['updates']:,}", " ".join(losses)))
+        factors = [f"{factor:.2f}" for _, factor in result["factor_history"]]
+        known |= {expected[-1][1], *losses, *factors}
+    assert len(rows) > 12 and rows == expected
+    report.main([str(folder / "8-study")])
+    reported = re.findall(r"^\| [a-z].*", capsys.readouterr().out, re.MULTILINE)
+    reported = [row.split(" | ")[:6] for row in reported if not row.startswith("| method")]
+    assert len(reported) == 6 and all(f"\n{' | '.join(row)} |" in page for row in reported)
+    known.update(*(re.findall(r"[+-]?\d[\d.,]*\d", " ".join(row)) for row in reported))
+    shown = re.findall(r"^\*It should show\*(.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    numbers = re.findall(r"\d\.\d\d+|\d,\d{3}", " ".join(shown))
+    assert len(shown) == 8 and len(numbers) > 10 and {*numbers} <= known, {*numbers} - known
 
 
 def test_the_readmes_sample_is_of_a_run_that_is_kept():

@@ -13,29 +13,29 @@ run() {
 run 1-baseline
 run 1-constant --method=wsd --warm_up=0.2 --cool_down=0 --lr=4e-3
 
-# Step 2: alone, and beside a load from 30 to 90 seconds after the start.
+# Step 2: alone, and beside a load for each core from 30 to 90 seconds after the start.
 [ -f mine.json ] || $python rst.py --device=cpu --threads=1 --save=mine.json
-referenced() {
-    name=$1
-    shift
-    run $name --threads=1 --reference=mine.json --budget_hours=0.05 "$@"
-}
-beside_a_load() {
+beside_loads() {
     [ ! -f runs/course/$1/result.json ] || return 0
-    rm -rf runs/course/$1 runs/course/load
-    (
-        sleep 30
-        exec timeout 60 $python train.py --device=cpu --budget_steps=9999 --out=runs/course/load
-    ) &
-    load=$!
-    trap 'kill $load' EXIT
-    referenced "$@"
+    rm -rf runs/course/$1 runs/loads
+    loads=
+    for load in $(seq $(nproc)); do
+        (
+            sleep 30
+            exec timeout 60 $python train.py --device=cpu --budget_steps=9999 --out=runs/loads/$load
+        ) &
+        loads="$loads $!"
+    done
+    trap 'kill $loads' EXIT
+    run "$@"
     trap - EXIT
-    wait $load || [ $? -eq 124 ]  # it ran until its time was over
+    for load in $loads; do
+        wait $load || [ $? -eq 124 ]  # it ran until its time was over
+    done
 }
-referenced 2-alone
-beside_a_load 2-beside-a-load
-beside_a_load 2-without-probe --reprobe=false
+run 2-alone --threads=1 --reference=mine.json
+beside_loads 2-beside-loads --threads=1 --reference=mine.json
+beside_loads 2-plain-time --threads=1
 
 run 3-stacking --method=stacking
 run 3-stacking-copy --method=stacking --optimizer_state=copy
