@@ -585,8 +585,8 @@ def comparisons(table):
         return ""
     together = exceeding(1 - 0.05 / count)
     return (
-        f"comparisons: {count}; 95% intervals that exclude zero: {exceeding(0.95)}; of those that "
-        f"hold together (Bonferroni): {together}"
+        f"comparisons: {count}; 95% intervals that exclude zero: {exceeding(0.95)}; after "
+        f"Bonferroni correction: {together}"
     )
 
 
@@ -878,7 +878,7 @@ def print_table(table, records, titles, points):
         losses = ", ".join(f"{loss:.4f} after {hours:g} h" for hours, loss in points)
         print(f"speed-ups are read off the baseline's mean losses, taken as exact: {losses}")
     elif table.budget[0] and any(record["difference"] is not None for record in records):
-        print("speed-ups: none, as they need the baseline at another budget, too")
+        print("speed-ups: none; they need baseline losses that fall over two budgets or more")
     if compared := comparisons(table):
         print(compared)
     if floor := noise_floor(table):
@@ -899,8 +899,8 @@ def print_table(table, records, titles, points):
             hours = statistics.mean(seconds) / 3600
             print(f"{row.label}: its {name} cost {hours:.3g} h more, uncharged")
     finished = [run.result for row in table.rows for run in row.runs]
-    described = ("commits", "commit"), ("devices", "device"), ("threads of the CPU", "threads")
-    for title, key in (*described, ("processes", "processes")):
+    names = {"commit": "commits", "device": "devices", "threads": "CPU threads"}
+    for key, title in (names | {"processes": "processes"}).items():
         values = sorted({str(result.get(key) or MISSING) for result in finished})
         print(f"{title}: {', '.join(values) or MISSING}")
     for row in table.rows if table.baseline and table.budget[0] else ():

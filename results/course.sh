@@ -1,7 +1,7 @@
 #!/bin/sh
 # The runs of docs/course.md, but for those of methods that its reader writes, on the whole of an
 # otherwise idle machine. From the project's folder, `sh results/course.sh` goes on where it was
-# stopped; a run beside a load starts over.
+# stopped; runs beside loads start over.
 set -e
 trap 'exit 130' INT TERM  # what runs beside is stopped at exit
 python=${PYTHON:-python}
