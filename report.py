@@ -540,8 +540,8 @@ def formatted(value, form):
 def markdown(records):
     """The table of one group for people."""
     lines = [
-        "| method | n | validation loss ± SD | difference from the baseline, 95% | speed-up, 95% | "
-        "updates | rows | charged h | free h | wall h | stalled s |",
+        "| method | n | validation loss ± SD | difference from the baseline, 95% | "
+        "speed-up, 95% | updates | rows | charged h | free h | wall h | stalled s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     forms = {"updates": ",.0f", "rows": ",.0f"}
