@@ -899,8 +899,8 @@ def print_table(table, records, titles, points):
             hours = statistics.mean(seconds) / 3600
             print(f"{row.label}: its {name} cost {hours:.3g} h more, uncharged")
     finished = [run.result for row in table.rows for run in row.runs]
-    names = {"commit": "commits", "device": "devices", "threads": "CPU threads"}
-    for key, title in (names | {"processes": "processes"}).items():
+    names = dict(commit="commits", device="devices", threads="CPU threads", processes="processes")
+    for key, title in names.items():
         values = sorted({str(result.get(key) or MISSING) for result in finished})
         print(f"{title}: {', '.join(values) or MISSING}")
     for row in table.rows if table.baseline and table.budget[0] else ():
